@@ -1,0 +1,1 @@
+"""Generated gRPC API of DynamoLLM; see scripts/gen-proto."""
