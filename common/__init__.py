@@ -1,0 +1,1 @@
+"""What agent, controller and simulator share. Imports nothing of ours."""

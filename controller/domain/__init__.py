@@ -1,0 +1,1 @@
+"""Vocabulary of the controller as values: request classes, SLOs, reasons, layouts, decisions. Imports only common."""

@@ -1,0 +1,1 @@
+"""Policies: pure functions from values to values. No I/O, no clock, no hidden state."""

@@ -1,0 +1,1 @@
+"""The energy-performance surface that all planning sees: measured points, fitted curves. Pure."""

@@ -1,0 +1,103 @@
+"""Between wire messages and the controller's values, in both directions. Pure."""
+
+from __future__ import annotations
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from controller.domain.classes import ClassScheme, RequestClass
+from controller.domain.reasons import Mode
+from controller.fleet.port import (
+    ClassCounters,
+    LoadObservation,
+    QueueObservation,
+    RoutedInstance,
+    RoutedPool,
+    RoutingTable,
+)
+from dynamollm.v1 import controller_pb2 as pb
+
+MODES = {Mode.ACTIVE: pb.MODE_ACTIVE, Mode.ADVISORY: pb.MODE_ADVISORY, Mode.PAUSED: pb.MODE_PAUSED}
+
+
+def timestamp(epoch_s: float) -> Timestamp:
+    nanos = round(epoch_s * 1e9)
+    return Timestamp(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)
+
+
+def routing_to_wire(table: RoutingTable) -> pb.WatchRoutingResponse:
+    return pb.WatchRoutingResponse(
+        version=table.version,
+        term=table.term,
+        input_cuts_tokens=table.scheme.input_cuts_tokens,
+        output_cuts_tokens=table.scheme.output_cuts_tokens,
+        pools=[
+            pb.RoutingPool(
+                name=pool.name,
+                model=pool.model,
+                classes=sorted(str(request_class) for request_class in pool.classes),
+                instances=[
+                    pb.RoutingInstance(
+                        instance_id=instance.instance_id,
+                        endpoint=instance.endpoint,
+                        tensor_parallel=instance.tp,
+                        max_in_flight=instance.max_in_flight,
+                        weight=instance.weight,
+                        accepts_new=instance.accepts_new,
+                    )
+                    for instance in pool.instances
+                ],
+            )
+            for pool in table.pools
+        ],
+    )
+
+
+def routing_from_wire(message: pb.WatchRoutingResponse) -> RoutingTable:
+    """Raises ValueError for cut points or class names that make no sense."""
+    if len(message.input_cuts_tokens) != 2 or len(message.output_cuts_tokens) != 2:
+        raise ValueError("a routing table needs two input and two output cut points")
+    scheme = ClassScheme(
+        (message.input_cuts_tokens[0], message.input_cuts_tokens[1]),
+        (message.output_cuts_tokens[0], message.output_cuts_tokens[1]),
+    )
+    pools = tuple(
+        RoutedPool(
+            name=pool.name,
+            model=pool.model,
+            classes=frozenset(RequestClass.parse(name) for name in pool.classes),
+            instances=tuple(
+                RoutedInstance(
+                    instance_id=instance.instance_id,
+                    endpoint=instance.endpoint,
+                    tp=instance.tensor_parallel,
+                    max_in_flight=instance.max_in_flight,
+                    weight=instance.weight,
+                    accepts_new=instance.accepts_new,
+                )
+                for instance in pool.instances
+            ),
+        )
+        for pool in message.pools
+    )
+    return RoutingTable(term=message.term, version=message.version, pools=pools, scheme=scheme)
+
+
+def loads_from_wire(message: pb.ReportLoadRequest, observed_at_s: float) -> list[LoadObservation]:
+    """One observation per model the gateway reports. Raises ValueError for an unknown class name."""
+    queues = {
+        queue.pool: QueueObservation(queue.waiting, queue.in_flight, queue.oldest_wait_s) for queue in message.queues
+    }
+    by_model: dict[str, dict[RequestClass, ClassCounters]] = {}
+    for load in message.classes:
+        by_model.setdefault(load.model, {})[RequestClass.parse(load.request_class)] = ClassCounters(
+            arrived=load.arrived,
+            completed=load.completed,
+            failed=load.failed,
+            in_slo=load.in_slo,
+            input_tokens=load.input_tokens,
+            output_tokens=load.output_tokens,
+        )
+    return [
+        LoadObservation(message.gateway_id, message.epoch, observed_at_s, model, classes, queues)
+        for model, classes in by_model.items()
+    ]

@@ -1,0 +1,134 @@
+"""Configuration of `dynamollm-controller`: `/etc/dynamollm/controller.toml` < environment < flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from common.config import ConfigModel
+from controller.domain.classes import RequestClass
+from controller.domain.reasons import Mode
+from controller.loop.settings import Knobs, LoopSettings
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class AgentAddress(ConfigModel):
+    """One node agent."""
+
+    node_id: str
+    address: str = Field(description="gRPC target: host:port or unix:/path/to/socket")
+
+
+class PeriodsConfig(ConfigModel):
+    """How often each level decides."""
+
+    cluster_s: Seconds = 1800.0
+    pool_s: Seconds = 300.0
+    instance_s: Seconds = 5.0
+
+
+class LeaseConfig(ConfigModel):
+    """Every clock lock is a lease: 3 x instance period <= ttl_s, rpc_deadline_s < instance period."""
+
+    ttl_s: Seconds = 20.0
+    rpc_deadline_s: Seconds = 4.0
+
+
+class PlanningConfig(ConfigModel):
+    """How much capacity a plan provides, and when switching pays."""
+
+    quantile: float = Field(default=0.95, ge=0.5, lt=1, description="quantile of the forecast to provision for")
+    fill: float = Field(default=0.85, gt=0, le=1, description="share of the profiled SLO capacity a plan may fill")
+    start_s: Seconds = Field(default=180.0, description="price of an instance start before one was measured")
+    min_dwell_s: float = Field(default=60.0, ge=0, description="no new layout sooner than this after the last")
+    max_starts_at_once: int = Field(default=4, ge=1)
+    min_instances: int = Field(default=1, ge=1, description="per pool")
+    widest_tp: Literal[1, 2, 4, 8] = 8
+    gpus_per_node: int = Field(default=8, ge=1)
+    initial_rps: dict[str, float] = Field(
+        default_factory=dict, description="requests/s by class (e.g. SM = 1.5) to plan for before the first report"
+    )
+
+    @field_validator("initial_rps")
+    @classmethod
+    def _classes(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, rate in value.items():
+            RequestClass.parse(name)
+            if not 0 <= rate < 1e6:
+                raise ValueError(f"{name} = {rate}: a rate must be between 0 and 1e6 requests/s")
+        return value
+
+
+class StalenessConfig(ConfigModel):
+    """From which age data is stale, a node lost, and a plan without load data abandoned for full clocks."""
+
+    stale_s: Seconds = 15.0
+    lost_s: Seconds = 60.0
+    hold_s: Seconds = 600.0
+    load_window_s: Seconds = Field(default=15.0, description="load that clocks are chosen for is the mean over this")
+
+
+class KnobsConfig(ConfigModel):
+    """What the loop may steer. All false is the static full-clock fleet."""
+
+    pools: bool = True
+    instances: bool = True
+    sharding: bool = True
+    clocks: bool = True
+
+
+class ControllerConfig(ConfigModel):
+    """Everything the controller needs to know."""
+
+    controller_id: str = ""
+    listen: str = Field(default="127.0.0.1:7700", description="gRPC address; loopback, or behind TLS")
+    metrics_listen: str = Field(default="", description="host:port of /metrics; empty means none")
+    database_url: str = "sqlite:////var/lib/dynamollm/controller.db"
+    spool_dir: Path = Path("/var/lib/dynamollm/spool")
+    profile: Path = Field(description="profile file, made by `dynamollm calibrate`")
+    model: str = Field(description="model name as the engines serve it")
+    mode: Mode = Mode.ACTIVE
+    telemetry_interval_s: Seconds = 1.0
+    telemetry_window_s: Seconds = 60.0
+    agents: list[AgentAddress] = Field(min_length=1)
+    periods: PeriodsConfig = PeriodsConfig()
+    lease: LeaseConfig = LeaseConfig()
+    planning: PlanningConfig = PlanningConfig()
+    staleness: StalenessConfig = StalenessConfig()
+    knobs: KnobsConfig = KnobsConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ControllerConfig:
+        ids = [agent.node_id for agent in self.agents]
+        if len(set(ids)) < len(ids):
+            raise ValueError("agents: every node_id must be unique")
+        self.loop_settings()  # raises ValueError with the broken inequality
+        return self
+
+    def loop_settings(self) -> LoopSettings:
+        planning, staleness = self.planning, self.staleness
+        return LoopSettings(
+            model=self.model,
+            cluster_s=self.periods.cluster_s,
+            pool_s=self.periods.pool_s,
+            instance_s=self.periods.instance_s,
+            lease_ttl_s=self.lease.ttl_s,
+            rpc_deadline_s=self.lease.rpc_deadline_s,
+            gpus_per_node=planning.gpus_per_node,
+            widest_tp=planning.widest_tp,
+            quantile=planning.quantile,
+            fill=planning.fill,
+            start_s=planning.start_s,
+            min_dwell_s=planning.min_dwell_s,
+            max_starts_at_once=planning.max_starts_at_once,
+            min_instances=planning.min_instances,
+            load_window_s=staleness.load_window_s,
+            stale_s=staleness.stale_s,
+            lost_s=staleness.lost_s,
+            hold_s=staleness.hold_s,
+            initial_rps={RequestClass.parse(name): rate for name, rate in planning.initial_rps.items()},
+            knobs=Knobs(**self.knobs.model_dump()),
+        )

@@ -1,0 +1,237 @@
+"""Real agents behind the fleet port: one streamed telemetry channel each, effects as unary calls.
+
+Observations are pushed into `sink` as they arrive; effects run as tasks under a deadline and report `EffectDone`.
+A lost agent is retried for ever with back-off; meanwhile its observations simply stop and the core sees their age.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import stamina
+
+from common.clock import Clock
+from common.logs import get_logger
+from controller.fleet.port import (
+    ApplyClocks,
+    DrainInstance,
+    EffectDone,
+    Event,
+    GpuObservation,
+    InstanceObservation,
+    InstanceState,
+    NodeEffect,
+    NodeObservation,
+    NodeSeen,
+    ReleaseClocks,
+    StartInstance,
+    StopInstance,
+)
+from dynamollm.v1 import node_agent_pb2 as pb
+from dynamollm.v1 import node_agent_pb2_grpc as rpc
+from dynamollm.v1 import types_pb2 as types
+
+_log = get_logger(__name__)
+# gRPC keeps an idle channel in back-off for up to two minutes by default; an agent restarts in a second.
+_CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2000)]
+
+
+class AgentClient:
+    """One node agent: its streams and its calls."""
+
+    def __init__(
+        self,
+        node_id: str,
+        address: str,
+        sink: Callable[[Event], None],
+        clock: Clock,
+        *,
+        owner: str,
+        term: int,
+        interval_s: float,
+        deadline_s: float,
+    ) -> None:
+        self.node_id = node_id
+        self.address = address
+        self._sink = sink
+        self._clock = clock
+        self._owner = types.Owner(kind=types.OWNER_KIND_CONTROLLER, name=owner)
+        self._term = term
+        self._interval_s = interval_s
+        self._deadline_s = deadline_s
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = rpc.NodeAgentStub(self._channel)
+        self._instances: dict[str, types.Instance] = {}
+        self._indices: dict[str, int] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._watch(loop)) for loop in (self._telemetry, self._watch_instances)]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._channel.close()
+
+    async def _watch(self, loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs one stream for ever; every break is logged once and tried again."""
+        delay_s, down = 0.2, False
+        while True:
+            try:
+                await loop()
+                delay_s, down = 0.2, False
+            except grpc.aio.AioRpcError as error:
+                if not down:
+                    _log.warning("agent_stream_lost", node=self.node_id, code=error.code().name, detail=error.details())
+                down = True
+            await asyncio.sleep(delay_s)
+            delay_s = min(2.0, delay_s * 1.5)
+
+    async def _telemetry(self) -> None:
+        node = await self._stub.GetNode(pb.GetNodeRequest(), timeout=self._deadline_s)
+        self._indices = {gpu.uuid: gpu.index for gpu in node.gpus}
+        listed = await self._stub.ListInstances(pb.ListInstancesRequest(), timeout=self._deadline_s)
+        self._take(listed.instances)
+        async for sample in self._stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=self._interval_s)):
+            self._sink(NodeSeen(self._observe(sample)))
+
+    async def _watch_instances(self) -> None:
+        async for update in self._stub.WatchInstances(pb.WatchInstancesRequest()):
+            self._take(update.instances)
+
+    def _take(self, instances: Any) -> None:
+        self._instances = {instance.spec.instance_id: instance for instance in instances}
+
+    def _observe(self, sample: pb.WatchTelemetryResponse) -> NodeObservation:
+        live = {item.instance_id: item for item in sample.instances}
+        return NodeObservation(
+            node_id=self.node_id,
+            observed_at_s=self._clock.monotonic_s(),
+            gpus=tuple(_gpu(gpu, self._indices.get(gpu.uuid, 0)) for gpu in sample.gpus),
+            instances=tuple(
+                _instance(instance, live.get(instance.spec.instance_id)) for instance in self._instances.values()
+            ),
+        )
+
+    async def execute(self, effect: NodeEffect) -> EffectDone:
+        """Carries one effect out. Never raises: a failure is an EffectDone that says what went wrong."""
+        try:
+            # Idempotent by request id, so one retry within the deadline is safe.
+            for attempt in stamina.retry_context(on=_transient, attempts=2, wait_initial=0.1, timeout=self._deadline_s):
+                with attempt:
+                    detail = await self._call(effect)
+            return EffectDone(effect.effect_id, ok=not detail, detail=detail)
+        except grpc.aio.AioRpcError as error:
+            return EffectDone(effect.effect_id, ok=False, detail=f"{error.code().name}: {error.details()}")
+
+    async def _call(self, effect: NodeEffect) -> str:
+        """Returns what went wrong in part, "" for success."""
+        # The term makes ids unique over controller restarts.
+        request_id, timeout = f"{self._term}-{effect.effect_id}", self._deadline_s
+        match effect:
+            case ApplyClocks():
+                lease = types.Lease(owner=self._owner, reason=effect.reason, ttl_s=effect.ttl_s, term=self._term)
+                controls = [
+                    pb.ControlRequest(gpu_uuid=uuid, clock_lock=pb.ClockLock(min_mhz=target.mhz, max_mhz=target.mhz))
+                    for target in effect.targets
+                    for uuid in target.gpu_uuids
+                ]
+                applied = await self._stub.ApplyControls(
+                    pb.ApplyControlsRequest(request_id=request_id, lease=lease, controls=controls), timeout=timeout
+                )
+                return _complaints(applied.results)
+            case ReleaseClocks():
+                released = await self._stub.ReleaseControls(
+                    pb.ReleaseControlsRequest(
+                        request_id=request_id,
+                        owner=self._owner,
+                        term=self._term,
+                        gpu_uuids=effect.gpu_uuids,
+                        reason=effect.reason,
+                    ),
+                    timeout=timeout,
+                )
+                return _complaints(released.results)
+            case StartInstance():
+                spec = types.InstanceSpec(
+                    instance_id=effect.instance_id,
+                    model=effect.model,
+                    gpu_uuids=effect.gpu_uuids,
+                    labels={"pool": effect.pool},
+                )
+                await self._stub.StartInstance(
+                    pb.StartInstanceRequest(request_id=request_id, term=self._term, spec=spec, reason=effect.reason),
+                    timeout=timeout,
+                )
+            case DrainInstance():
+                await self._stub.DrainInstance(
+                    pb.DrainInstanceRequest(
+                        request_id=request_id,
+                        term=self._term,
+                        instance_id=effect.instance_id,
+                        reason=effect.reason,
+                    ),
+                    timeout=timeout,
+                )
+            case StopInstance():
+                await self._stub.StopInstance(
+                    pb.StopInstanceRequest(
+                        request_id=request_id,
+                        term=self._term,
+                        instance_id=effect.instance_id,
+                        reason=effect.reason,
+                    ),
+                    timeout=timeout,
+                )
+        return ""
+
+
+def _transient(error: Exception) -> bool:
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def _complaints(results: Any) -> str:
+    bad = [result for result in results if result.code != pb.CONTROL_CODE_APPLIED]
+    return "; ".join(f"{result.gpu_uuid}: {pb.ControlCode.Name(result.code)} {result.detail}".strip() for result in bad)
+
+
+def _gpu(gpu: pb.GpuSample, index: int) -> GpuObservation:
+    return GpuObservation(
+        uuid=gpu.uuid,
+        index=index,
+        healthy=gpu.health == pb.GPU_HEALTH_OK,
+        power_w=gpu.power_w if gpu.HasField("power_w") else None,
+        energy_j=gpu.energy_j if gpu.HasField("energy_j") else None,
+        sm_mhz=gpu.sm_mhz if gpu.HasField("sm_mhz") else None,
+        locked_mhz=gpu.locked_mhz if gpu.HasField("locked_mhz") else None,
+    )
+
+
+def _state(state: types.InstanceState.ValueType) -> InstanceState:
+    return InstanceState(types.InstanceState.Name(state).removeprefix("INSTANCE_STATE_").lower())
+
+
+def _instance(instance: types.Instance, sample: pb.InstanceSample | None) -> InstanceObservation:
+    seen = InstanceObservation(
+        instance_id=instance.spec.instance_id,
+        model=instance.spec.model,
+        pool=instance.spec.labels.get("pool", ""),
+        gpu_uuids=tuple(instance.spec.gpu_uuids),
+        state=_state(instance.state),
+        endpoint=instance.endpoint,
+        detail=instance.detail,
+        step_seconds=dict(instance.step_seconds),
+    )
+    if sample is None:
+        return seen
+    return replace(
+        seen,
+        running=sample.requests_running if sample.HasField("requests_running") else None,
+        waiting=sample.requests_waiting if sample.HasField("requests_waiting") else None,
+        kv_usage_ratio=sample.kv_cache_usage_ratio if sample.HasField("kv_cache_usage_ratio") else None,
+    )

@@ -1,0 +1,251 @@
+"""The fleet port: everything that passes between the loop's core and a fleet, as plain values.
+
+Events go in (what was observed, what became of an effect), effects come out (what shall be done). A real fleet
+(loop/runtime.py over gRPC agents) and a virtual one (simulator/fleet.py) both speak exactly this, so the core
+cannot tell them apart. `observed_at_s` is on the monotonic clock of whoever runs the core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from controller.domain.classes import ClassScheme, RequestClass
+from controller.domain.reasons import Level
+from controller.policy.milp.problem import PlanProblem, PlanSolution
+
+# --------------------------------------------------------------------------------------------- observations
+
+
+class InstanceState(StrEnum):
+    """As the node agent's life cycle has it."""
+
+    STARTING = "starting"
+    WARMING = "warming"
+    READY = "ready"
+    DRAINING = "draining"
+    ASLEEP = "asleep"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    QUARANTINED = "quarantined"
+
+
+# States in which the instance's GPUs may not be given to another instance.
+HOLDS_GPUS = frozenset(InstanceState) - {InstanceState.STOPPED, InstanceState.FAILED}
+
+
+@dataclass(frozen=True, slots=True)
+class GpuObservation:
+    """None means the driver did not say: unknown is not zero."""
+
+    uuid: str
+    index: int
+    healthy: bool
+    power_w: float | None
+    energy_j: float | None
+    sm_mhz: int | None
+    locked_mhz: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceObservation:
+    instance_id: str
+    model: str
+    pool: str  # the label it was started with
+    gpu_uuids: tuple[str, ...]
+    state: InstanceState
+    endpoint: str
+    running: float | None = None
+    waiting: float | None = None
+    kv_usage_ratio: float | None = None
+    detail: str = ""
+    # Measured seconds by step (start, warm, drain, stop), for pricing switches.
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tp(self) -> int:
+        return len(self.gpu_uuids)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeObservation:
+    node_id: str
+    observed_at_s: float
+    gpus: tuple[GpuObservation, ...]
+    instances: tuple[InstanceObservation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassCounters:
+    """Cumulative since the gateway's start, for one request class (as classified at arrival)."""
+
+    arrived: int = 0
+    completed: int = 0
+    failed: int = 0
+    in_slo: int = 0
+    input_tokens: int = 0  # of arrived requests
+    output_tokens: int = 0  # of completed requests
+
+
+@dataclass(frozen=True, slots=True)
+class QueueObservation:
+    waiting: int
+    in_flight: int
+    oldest_wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadObservation:
+    """One gateway's report. A new `epoch` means its counters began at zero again."""
+
+    gateway_id: str
+    epoch: str
+    observed_at_s: float
+    model: str
+    classes: Mapping[RequestClass, ClassCounters]
+    queues: Mapping[str, QueueObservation]
+
+
+# --------------------------------------------------------------------------------------------------- effects
+
+
+@dataclass(frozen=True, slots=True)
+class ClockTarget:
+    gpu_uuids: tuple[str, ...]
+    mhz: int
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyClocks:
+    """Locks clocks on one node under a lease; repeating it renews."""
+
+    effect_id: str
+    node_id: str
+    targets: tuple[ClockTarget, ...]
+    ttl_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseClocks:
+    effect_id: str
+    node_id: str
+    gpu_uuids: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartInstance:
+    effect_id: str
+    node_id: str
+    instance_id: str
+    model: str
+    pool: str
+    gpu_uuids: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainInstance:
+    effect_id: str
+    node_id: str
+    instance_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopInstance:
+    """Stops a drained instance; the fleet refuses while work is left."""
+
+    effect_id: str
+    node_id: str
+    instance_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedInstance:
+    instance_id: str
+    endpoint: str
+    tp: int
+    max_in_flight: int
+    weight: float
+    accepts_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedPool:
+    name: str
+    model: str
+    classes: frozenset[RequestClass]
+    instances: tuple[RoutedInstance, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingTable:
+    """What gateways route by. `version` rises with every change under one term."""
+
+    term: int
+    version: int
+    pools: tuple[RoutedPool, ...]
+    scheme: ClassScheme = field(default_factory=ClassScheme)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishRouting:
+    effect_id: str
+    table: RoutingTable
+
+
+@dataclass(frozen=True, slots=True)
+class Solve:
+    """A MILP to solve off the loop; its `PlanSolution` comes back in `EffectDone.solution`."""
+
+    effect_id: str
+    problem: PlanProblem
+
+
+NodeEffect = ApplyClocks | ReleaseClocks | StartInstance | DrainInstance | StopInstance
+FleetEffect = NodeEffect | PublishRouting
+Effect = FleetEffect | Solve
+
+# ---------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A level's period has come round."""
+
+    level: Level
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSeen:
+    observation: NodeObservation
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSeen:
+    observation: LoadObservation
+
+
+@dataclass(frozen=True, slots=True)
+class EffectDone:
+    effect_id: str
+    ok: bool
+    detail: str = ""
+    solution: PlanSolution | None = None
+
+
+Event = Tick | NodeSeen | LoadSeen | EffectDone
+
+
+class FleetPort(Protocol):
+    """A fleet that carries effects out. Results come back as `EffectDone`, never as return values."""
+
+    def submit(self, effect: FleetEffect) -> None:
+        """Begins an effect and returns at once."""
+        ...

@@ -1,0 +1,207 @@
+"""The cluster manager (every 30 minutes): which classes share a pool, and how many GPUs each pool is granted.
+
+It plans for the highest load expected in its epoch, jointly over all pools. It changes the layout itself only where
+it must: for another partition of the classes. Within an unchanged partition it only moves grants, and a pool that
+stands over its new grant is planned anew by its own manager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from controller.domain.reasons import Level, Reason
+from controller.fleet.port import Solve
+from controller.loop import pool as pool_manager
+from controller.loop.planning import (
+    build_problem,
+    counts_json,
+    demand_by_pool,
+    drop_from_layout,
+    expected_demand,
+    lay_out,
+    problem_json,
+    result_json,
+    say_counts,
+    solver_report,
+    wanted_counts,
+)
+from controller.loop.state import PendingSolve, PoolPlan, State, Turn, plan_json
+from controller.policy.milp.fallback import fall_back
+from controller.policy.milp.problem import PlanSolution
+from controller.policy.stabilise import StabiliseSettings, judge, price
+
+SCOPE = "cluster"
+
+
+def tick(turn: Turn, trigger: str) -> None:
+    """Asks for a joint plan; the answer comes to `on_solution`."""
+    state, now = turn.state, turn.now
+    if any(pending.level is Level.CLUSTER for pending in state.solving.values()):
+        return
+    gpus = state.usable_gpus(now.monotonic_s)
+    if gpus == 0:
+        return  # no node has reported yet, or all are lost: there is nothing to plan on
+    state.last_cluster_s = now.monotonic_s
+    _leave_lost_nodes(state, now.monotonic_s)
+    demand = expected_demand(state, now, state.settings.cluster_s)
+    if demand is None or not state.settings.knobs.instances:
+        _without_forecast(turn, trigger, gpus, known=demand is not None)
+        return
+    partitions = state.settings.partitions if state.settings.knobs.pools else state.settings.partitions[:1]
+    effect_id = turn.effect_id()
+    problem = build_problem(state, effect_id, demand, partitions, gpus, state.settings.cluster_s)
+    inputs = {"demand": demand.json(), "problem": problem_json(problem), "profile": state.profile_checksum}
+    state.solving[effect_id] = PendingSolve(Level.CLUSTER, "", trigger, problem, inputs, demand.cold)
+    turn.effects.append(Solve(effect_id, problem))
+
+
+def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> None:
+    """Turns the joint plan into grants, and into a layout where the partition changes."""
+    state, now, problem = turn.state, turn.now, pending.problem
+    chosen = solution.chosen
+    fallback = fall_back(problem) if chosen is None else None
+    pools = fallback.pools if fallback else chosen.pools if chosen else ()
+    counts = dict(fallback.counts if fallback else chosen.counts if chosen else {})
+    demand = demand_by_pool(problem, pools)
+    candidate = price(state.fit, counts, demand, problem.gpus)
+    present_pools = tuple(state.pools)
+    repartition = set(pools) != set(present_pools)
+    reason, sentence = Reason.PLAN_KEPT, ""
+    accept = not repartition
+    if not state.pools:
+        accept, reason = True, Reason.COLD_START
+    elif repartition:
+        present = price(state.fit, wanted_counts(state), demand_by_pool(problem, present_pools), problem.gpus)
+        verdict = judge(
+            present,
+            candidate,
+            pool_manager.started(state.layout.counts(), counts),
+            problem.start_j,
+            problem.horizon_s,
+            now.monotonic_s - state.layout_changed_s,
+            pending=pool_manager.transition_pending(state),
+            settings=StabiliseSettings(dwell_s=state.settings.min_dwell_s),
+        )
+        accept, reason, sentence = verdict.accept, verdict.reason, verdict.sentence
+    if fallback:
+        reason, sentence = fallback.reason, fallback.sentence
+
+    grants: Mapping[str, int] = {}
+    if accept:
+        grants = share_out(problem.gpus, pools, counts, demand)
+        if repartition:
+            state.pools = {}
+    number = state.decision_numbers + 1
+    for pool, granted in grants.items():
+        have = state.pools.get(pool)
+        state.pools[pool] = PoolPlan(
+            group=state.profile.group(pool),
+            granted_gpus=granted,
+            counts=have.counts if have else {tp: n for (name, tp), n in counts.items() if name == pool and n},
+            demand_rps=have.demand_rps if have else demand[pool],
+            decided_by=number,
+            decided_at_s=now.monotonic_s,
+        )
+    placed = lay_out(state, now) if accept else None
+    alternatives = [result_json(result) for result in solution.rejected]
+    if chosen is not None and not accept:
+        alternatives.append({**result_json(chosen), "reason": str(reason)})
+    turn.decide(
+        Level.CLUSTER,
+        SCOPE,
+        pending.trigger,
+        reason,
+        _say(state, grants, counts, accept, sentence),
+        inputs=pending.inputs,
+        outcome={
+            "accepted": accept,
+            "counts": counts_json(counts),
+            "grants": dict(sorted(grants.items())),
+            "missing": counts_json(placed.missing) if placed else {},
+            "plan": plan_json(state),
+        },
+        alternatives=tuple(alternatives),
+        predicted_power_w=candidate.power_w,
+        predicted_slo_margin=_margin(candidate.load_ratio),
+        solver=solver_report(solution, len(problem.columns)),
+    )
+    for name, plan in list(state.pools.items()):
+        if sum(tp * n for tp, n in plan.counts.items()) > plan.granted_gpus:
+            pool_manager.tick(turn, name, trigger="grant")
+
+
+def share_out(
+    gpus: int, pools: tuple[str, ...], counts: Mapping[tuple[str, int], int], demand: Mapping[str, float]
+) -> dict[str, int]:
+    """Grants: what the plan uses, and the GPUs it leaves empty shared out in twos by demand.
+
+    A grant costs nothing (its GPUs may stay empty), but lets a pool grow between two cluster epochs.
+    """
+    grants = {pool: sum(tp * n for (name, tp), n in counts.items() if name == pool) for pool in pools}
+    spare = gpus - sum(grants.values())
+    total = sum(demand.get(pool, 0.0) for pool in pools) or 1.0
+    by_demand = sorted(pools, key=lambda pool: (-demand.get(pool, 0.0), pool))
+    for pool in by_demand:
+        extra = min(spare, 2 * round(spare * demand.get(pool, 0.0) / total / 2))
+        grants[pool] += extra
+        spare -= extra
+    if by_demand:
+        grants[by_demand[0]] += spare
+    return grants
+
+
+def _leave_lost_nodes(state: State, now_s: float) -> None:
+    lost = [i.instance_id for i in state.layout.instances if state.is_lost(i.node_id, now_s)]
+    if lost:
+        drop_from_layout(state, lost)
+
+
+def _without_forecast(turn: Turn, trigger: str, gpus: int, known: bool) -> None:
+    """No forecast, or a static fleet: SinglePool (one pool, widest TP on every GPU), or the plan that stands."""
+    state, now = turn.state, turn.now
+    inputs = {"gpus": gpus, "load_known": known, "profile": state.profile_checksum}
+    if state.pools and state.settings.knobs.instances:
+        turn.decide(
+            Level.CLUSTER,
+            SCOPE,
+            trigger,
+            Reason.NO_LOAD_DATA,
+            "No load data: the last plan is held.",
+            inputs=inputs,
+            outcome={"accepted": False, "plan": plan_json(state)},
+        )
+        return
+    cold = not state.pools
+    pool = state.settings.partitions[0][0]
+    tp = state.settings.widest_tp
+    state.pools = {
+        pool: PoolPlan(
+            group=state.profile.group(pool),
+            granted_gpus=gpus,
+            counts={tp: gpus // tp},
+            demand_rps=0.0,
+            decided_by=state.decision_numbers + 1,
+            decided_at_s=now.monotonic_s,
+        )
+    }
+    placed = lay_out(state, now)
+    turn.decide(
+        Level.CLUSTER,
+        SCOPE,
+        trigger,
+        Reason.COLD_START if cold else Reason.PLAN_KEPT,
+        f"{'No load seen yet' if cold and not known else 'Fixed layout'}: {say_counts(wanted_counts(state))}.",
+        inputs=inputs,
+        outcome={"accepted": True, "missing": counts_json(placed.missing), "plan": plan_json(state)},
+    )
+
+
+def _say(state: State, grants: Mapping[str, int], counts: Mapping[tuple[str, int], int], accept: bool, why: str) -> str:
+    if not accept:
+        return f"Kept {say_counts(wanted_counts(state))}, not {say_counts(counts)}. {why}".strip()
+    granted = ", ".join(f"{pool} {gpus} GPUs" for pool, gpus in sorted(grants.items()))
+    return f"Granted {granted} for {say_counts(counts)}. {why}".strip()
+
+
+def _margin(load_ratio: float) -> float | None:
+    return 1.0 - load_ratio if load_ratio < float("inf") else None

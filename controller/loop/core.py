@@ -1,0 +1,198 @@
+"""The core of the loop: one event in, decisions and effects out. Synchronous; the time comes with the event.
+
+The runtime, the simulator and the replay all drive this one class. It keeps no thread, no timer and no connection;
+whatever takes time is an effect whose result comes back as an `EffectDone` event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from controller.domain.decision import Decision
+from controller.domain.layout import Layout, PlannedInstance
+from controller.domain.reasons import Level, Mode
+from controller.fleet.port import (
+    Effect,
+    EffectDone,
+    Event,
+    InstanceState,
+    LoadSeen,
+    NodeObservation,
+    NodeSeen,
+    PublishRouting,
+    Solve,
+    Tick,
+)
+from controller.loop import cluster, instance, pool
+from controller.loop.load import LoadBook
+from controller.loop.settings import LoopSettings
+from controller.loop.state import Instant, PoolPlan, State, Turn
+from controller.policy.milp.columns import build_columns
+from controller.profile.fit import fit
+from controller.profile.table import Profile
+
+# How long the windows of load are kept, in cluster epochs.
+_KEEP_EPOCHS = 2
+_LEAST_KEPT_S = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one event led to. `effects` are to be begun in this order."""
+
+    decisions: tuple[Decision, ...]
+    effects: tuple[Effect, ...]
+
+
+class Core:
+    """The hierarchical controller of one model's fleet."""
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        profile: Profile,
+        term: int,
+        expected_nodes: int,
+        mode: Mode = Mode.ACTIVE,
+        plan: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`plan` is the newest recorded decision's `outcome["plan"]`: a restarted controller carries on from it."""
+        curves = fit(profile)
+        knobs = settings.knobs
+        columns = tuple(
+            column
+            for column in build_columns(curves, [group.name for group in profile.groups])
+            if (knobs.sharding or column.tp == settings.widest_tp) and (knobs.clocks or column.mhz == profile.full_mhz)
+        )
+        self.state = State(
+            settings=settings,
+            profile=profile,
+            profile_checksum=profile.checksum(),
+            fit=curves,
+            columns=columns,
+            term=term,
+            mode=mode,
+            load=LoadBook(keep_s=max(_LEAST_KEPT_S, _KEEP_EPOCHS * settings.cluster_s)),
+            expected_nodes=expected_nodes,
+        )
+        if plan is not None:
+            _restore(self.state, plan)
+
+    def handle(self, now: Instant, event: Event) -> Step:
+        """Answers one event."""
+        state = self.state
+        if state.first_event_s is None:
+            state.first_event_s = now.monotonic_s
+        turn = Turn(now, state)
+        match event:
+            case NodeSeen():
+                self._node_seen(turn, event.observation)
+            case LoadSeen():
+                if event.observation.model == state.settings.model:
+                    state.load.add(event.observation)
+            case EffectDone():
+                self._effect_done(turn, event)
+            case Tick():
+                if state.mode is not Mode.PAUSED:
+                    self._tick(turn, event.level)
+        effects = turn.effects
+        if state.mode is not Mode.ACTIVE:
+            # Advisory decides and records but touches nothing; gateways still need to know what is there.
+            effects = [effect for effect in effects if isinstance(effect, Solve | PublishRouting)]
+            state.acting.clear()
+        return Step(tuple(turn.decisions), tuple(effects))
+
+    def _tick(self, turn: Turn, level: Level) -> None:
+        state = turn.state
+        if not state.may_act(turn.now.monotonic_s):
+            return
+        if not state.pools:
+            cluster.tick(turn, "start")
+        elif level is Level.CLUSTER:
+            cluster.tick(turn, "tick")
+        elif level is Level.POOL:
+            for name in sorted(state.pools):
+                pool.tick(turn, name, "tick")
+        if level is Level.INSTANCE:
+            if state.pools and self._lost_wanted(turn):
+                cluster.tick(turn, "node_lost")
+            instance.tick(turn)
+
+    def _lost_wanted(self, turn: Turn) -> bool:
+        """True when the layout counts on a node that is lost."""
+        state, now_s = turn.state, turn.now.monotonic_s
+        return any(state.is_lost(wanted.node_id, now_s) for wanted in state.layout.instances)
+
+    def _node_seen(self, turn: Turn, seen: NodeObservation) -> None:
+        state = turn.state
+        before = state.nodes.get(seen.node_id)
+        state.nodes[seen.node_id] = seen
+        for observed in seen.instances:
+            if observed.state is InstanceState.READY and {"start", "warm"} & observed.step_seconds.keys():
+                took_s = observed.step_seconds.get("start", 0.0) + observed.step_seconds.get("warm", 0.0)
+                state.measured_start_s[observed.tp] = max(took_s, state.measured_start_s.get(observed.tp, 0.0))
+            elif observed.state in (InstanceState.STOPPED, InstanceState.FAILED):
+                state.draining.discard(observed.instance_id)
+        if state.mode is Mode.PAUSED or not state.pools:
+            return
+        # A change of any instance's state is acted on at once, not at the next tick.
+        if before is None or _states(before) != _states(seen):
+            for observed in seen.instances:
+                if observed.state is InstanceState.FAILED and _states(before).get(observed.instance_id) not in (
+                    None,
+                    InstanceState.FAILED,
+                ):
+                    state.failures[observed.instance_id] = state.failures.get(observed.instance_id, 0) + 1
+            instance.reconcile(turn)
+
+    def _effect_done(self, turn: Turn, done: EffectDone) -> None:
+        state = turn.state
+        acted = state.acting.pop(done.effect_id, None)
+        if acted is not None and not done.ok:
+            kind, instance_id = acted
+            if kind == "start":
+                state.failures[instance_id] = state.failures.get(instance_id, 0) + 1
+            elif kind == "drain":
+                state.draining.discard(instance_id)
+        pending = state.solving.pop(done.effect_id, None)
+        if pending is None or done.solution is None:
+            return
+        if pending.level is Level.CLUSTER:
+            cluster.on_solution(turn, pending, done.solution)
+        elif pool.on_solution(turn, pending, done.solution) and self._may_ask_cluster(turn):
+            cluster.tick(turn, "capacity_needed")
+        instance.reconcile(turn)
+
+    def _may_ask_cluster(self, turn: Turn) -> bool:
+        """A pool may call for a cluster plan at most once per pool period, or an overload would plan without end."""
+        state = turn.state
+        return state.last_cluster_s is None or turn.now.monotonic_s - state.last_cluster_s >= state.settings.pool_s
+
+
+def _states(node: NodeObservation | None) -> dict[str, InstanceState]:
+    return {observed.instance_id: observed.state for observed in node.instances} if node else {}
+
+
+def _restore(state: State, plan: Mapping[str, Any]) -> None:
+    """Takes up a recorded plan. Pools that the profile does not know are left out: the next tick plans anew."""
+    known = {group.name for group in state.profile.groups}
+    if not set(plan["pools"]) <= known:
+        return
+    for name, item in plan["pools"].items():
+        state.pools[name] = PoolPlan(
+            group=state.profile.group(name),
+            granted_gpus=item["granted_gpus"],
+            counts={int(tp): n for tp, n in item["counts"].items()},
+            demand_rps=item["demand_rps"],
+            decided_by=0,
+            decided_at_s=float("-inf"),
+        )
+    state.layout = Layout(
+        tuple(
+            PlannedInstance(item["instance_id"], item["pool"], item["model"], item["node_id"], tuple(item["gpu_uuids"]))
+            for item in plan["instances"]
+        )
+    )
+    state.routed_as = {wanted.instance_id: wanted.pool for wanted in state.layout.instances}

@@ -1,0 +1,323 @@
+"""The instance manager (every 5 seconds): the clock of least power that meets the SLO, and the next transition steps.
+
+Renews each lock because it has just decided on it; a lock whose instance it cannot see is left to expire. It alone
+sets clocks, and it never shrinks capacity on its own: drains and stops only carry out what the slow loops planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from controller.domain.classes import ALL_CLASSES, RequestClass
+from controller.domain.reasons import Level, Reason
+from controller.fleet.port import (
+    ApplyClocks,
+    ClockTarget,
+    DrainInstance,
+    InstanceObservation,
+    InstanceState,
+    PublishRouting,
+    ReleaseClocks,
+    RoutingTable,
+    StartInstance,
+    StopInstance,
+)
+from controller.loop.planning import drop_from_layout, lay_out
+from controller.loop.state import ChosenClock, Turn, rates_json
+from controller.policy.frequency import ClockChoice, InstanceLoad, choose_clock
+from controller.policy.routing import RoutableInstance, pools_for, routed_pools
+from controller.policy.transition import (
+    ActualInstance,
+    CapacityModel,
+    Step,
+    StepKind,
+    TransitionSettings,
+    next_steps,
+)
+
+# States in which an instance may still have work and so needs a chosen clock.
+_WORKING = (InstanceState.READY, InstanceState.DRAINING)
+
+
+def tick(turn: Turn) -> None:
+    """One fast tick: steps, routing, clocks."""
+    reconcile(turn)
+    _set_clocks(turn)
+
+
+# ------------------------------------------------------------------------------------------------ transitions
+
+
+def reconcile(turn: Turn) -> None:
+    """Takes the next steps from what is there to what is wanted, then publishes the routing if it changed."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    if not state.may_act(now_s):
+        return
+    actual = _actual(turn)
+    rates = state.load.rates_rps(now_s, state.settings.load_window_s)
+    transition = next_steps(
+        state.layout,
+        actual,
+        frozenset(gpu.uuid for node in state.placeable_nodes(now_s) for gpu in node.gpus if gpu.usable),
+        _capacity(turn, rates),
+        TransitionSettings(),
+        # A layout that cannot be reached without a gap is still reached, least harm first: the alternative is to
+        # stay for ever on one that the slow loop found too small.
+        allow_shortfall=True,
+    )
+    if transition.given_up:
+        drop_from_layout(state, transition.given_up)
+        lay_out(state, turn.now)
+    before = len(turn.effects)
+    busy = set(state.acting.values())
+    starting = sum(1 for a in actual if a.state in (InstanceState.STARTING, InstanceState.WARMING))
+    for step in transition.steps:
+        if step.kind is StepKind.RELABEL:
+            state.routed_as[step.instance_id] = step.pool
+        elif step.kind is not StepKind.WAIT and (step.kind.value, step.instance_id) not in busy:
+            if step.kind is StepKind.START:
+                if starting >= state.settings.max_starts_at_once:
+                    continue
+                starting += 1
+            _act(turn, step)
+    _publish(turn, before)
+
+
+def _actual(turn: Turn) -> tuple[ActualInstance, ...]:
+    state, now_s = turn.state, turn.now.monotonic_s
+    return tuple(
+        ActualInstance(
+            instance.instance_id,
+            state.pool_of(instance),
+            node_id,
+            instance.gpu_uuids,
+            instance.state,
+            instance.running,
+            instance.waiting,
+            state.failures.get(instance.instance_id, 0),
+        )
+        for node_id, instance in state.instances().values()
+        if not state.is_lost(node_id, now_s)
+    )
+
+
+def _capacity(turn: Turn, rates: Mapping[RequestClass, float] | None) -> CapacityModel:
+    """What must be carried while the layout changes: the load now, or what was planned for while it is unknown."""
+    state = turn.state
+    groups = [plan.group for plan in state.pools.values()]
+    demand = rates if rates is not None else state.settings.initial_rps
+    return CapacityModel(
+        rates_rps=demand,
+        max_rate_rps={
+            (group.name, tp): state.fit.max_rate_rps(group.name, tp)
+            for group in state.profile.groups
+            for tp in state.profile.tps
+        },
+        work={
+            (group.name, request_class): state.profile.request_weight(group.name, request_class)
+            for group in groups
+            for request_class in sorted(group.classes)
+        },
+    )
+
+
+def _act(turn: Turn, step: Step) -> None:
+    state = turn.state
+    effect_id = turn.effect_id()
+    state.acting[effect_id] = (step.kind.value, step.instance_id)
+    if step.kind is StepKind.START:
+        turn.effects.append(
+            StartInstance(
+                effect_id,
+                step.node_id,
+                step.instance_id,
+                state.settings.model,
+                step.pool,
+                step.gpu_uuids,
+                step.sentence,
+            )
+        )
+    elif step.kind is StepKind.DRAIN:
+        state.draining.add(step.instance_id)
+        turn.effects.append(DrainInstance(effect_id, step.node_id, step.instance_id, step.sentence))
+    else:
+        turn.effects.append(StopInstance(effect_id, step.node_id, step.instance_id, step.sentence))
+
+
+def _publish(turn: Turn, position: int) -> None:
+    """Puts a changed routing table before this turn's steps: gateways stop sending before a drain begins.
+
+    Instances of a node that fell silent stay: an agent's death does not stop its engines, and a gateway finds out
+    by itself when one no longer answers.
+    """
+    state = turn.state
+    if not state.pools:
+        return
+    serving = [
+        RoutableInstance(
+            instance.instance_id,
+            state.pool_of(instance),
+            instance.endpoint,
+            instance.tp,
+            accepts_new=instance.state is InstanceState.READY and instance.instance_id not in state.draining,
+        )
+        for _, instance in state.instances().values()
+        if instance.state in _WORKING and instance.endpoint
+    ]
+    if not serving and state.routing is None:
+        return  # nothing to route to yet; gateways keep what an earlier controller gave them
+    pools = routed_pools(
+        state.fit, state.settings.model, tuple(plan.group for plan in state.pools.values()), tuple(serving)
+    )
+    if state.routing is not None and state.routing.pools == pools:
+        return
+    version = state.routing.version + 1 if state.routing else 1
+    state.routing = RoutingTable(state.term, version, pools, state.profile.scheme)
+    turn.effects.insert(position, PublishRouting(turn.effect_id(), state.routing))
+
+
+# ----------------------------------------------------------------------------------------------------- clocks
+
+
+def _set_clocks(turn: Turn) -> None:
+    state, now_s = turn.state, turn.now.monotonic_s
+    if not state.settings.knobs.clocks:
+        return
+    pool_rates = _pool_rates(turn)
+    weights: dict[str, float] = {}
+    for pool in state.routing.pools if state.routing else ():
+        weights[pool.name] = sum(instance.weight for instance in pool.instances if instance.accepts_new)
+    for node in sorted(state.nodes.values(), key=lambda node: node.node_id):
+        if state.is_stale(node.node_id, now_s):
+            continue  # not decided on, so not renewed: its locks expire
+        targets: list[ClockTarget] = []
+        release: list[str] = []
+        for instance in sorted(node.instances, key=lambda instance: instance.instance_id):
+            had = state.clocks.get(instance.instance_id)
+            if instance.state not in _WORKING:
+                if had is not None and had.mhz is not None:
+                    release.extend(instance.gpu_uuids)
+                state.clocks.pop(instance.instance_id, None)
+                continue
+            mhz = _choose(turn, instance, pool_rates, weights)
+            if mhz is not None:
+                targets.append(ClockTarget(instance.gpu_uuids, mhz))
+            elif had is not None and had.mhz is not None:
+                release.extend(instance.gpu_uuids)
+        if release:
+            turn.effects.append(ReleaseClocks(turn.effect_id(), node.node_id, tuple(release), "full clock wanted"))
+        if targets:
+            turn.effects.append(
+                ApplyClocks(
+                    turn.effect_id(),
+                    node.node_id,
+                    tuple(targets),
+                    state.settings.lease_ttl_s,
+                    "clock of least power that meets the SLO",
+                )
+            )
+
+
+def _pool_rates(turn: Turn) -> dict[str, float] | None:
+    """Equivalent requests/s of each pool now; None when the load is unknown."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    window_s = state.settings.load_window_s
+    rates = state.load.rates_rps(now_s, window_s)
+    if rates is None or state.routing is None:
+        return None
+    tokens = state.load.mean_tokens(now_s, max(window_s, 60.0))
+    shares: dict[str, dict[RequestClass, float]] = {}
+    for request_class in ALL_CLASSES:
+        own = pools_for(state.routing.pools, request_class)
+        if own and rates.get(request_class):
+            shares.setdefault(own[0].name, {})[request_class] = rates[request_class]
+    return {
+        pool.name: state.profile.equivalent_rate(pool.name, shares.get(pool.name, {}), tokens)
+        for pool in state.routing.pools
+    }
+
+
+def _choose(
+    turn: Turn, instance: InstanceObservation, pool_rates: Mapping[str, float] | None, weights: Mapping[str, float]
+) -> int | None:
+    """The clock for one instance, None for unlocked; records a decision when it changes."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    pool = state.pool_of(instance)
+    had = state.clocks.get(instance.instance_id)
+    rate: float | None = None
+    if instance.state is InstanceState.READY and pool_rates is not None and pool in pool_rates:
+        weight = next(
+            (
+                routed.weight
+                for routed_pool in (state.routing.pools if state.routing else ())
+                for routed in routed_pool.instances
+                if routed.instance_id == instance.instance_id and routed.accepts_new
+            ),
+            0.0,
+        )
+        rate = pool_rates[pool] * weight / weights[pool] if weights.get(pool) else 0.0
+    load = InstanceLoad(rate, instance.running, instance.waiting, instance.kv_usage_ratio)
+    full = state.profile.full_mhz
+    choice = choose_clock(state.fit, pool, instance.tp, load, (had.mhz or full) if had else None)
+    mhz = choice.mhz if choice.mhz < full else None
+    if had is None or had.mhz != mhz or had.reason is not choice.reason:
+        _record(turn, instance, pool, load, had, choice)
+        state.clocks[instance.instance_id] = ChosenClock(mhz, choice.reason, now_s)
+    return mhz
+
+
+def _record(
+    turn: Turn,
+    instance: InstanceObservation,
+    pool: str,
+    load: InstanceLoad,
+    had: ChosenClock | None,
+    choice: ClockChoice,
+) -> None:
+    state = turn.state
+    plan = state.pools.get(pool)
+    rates = state.load.rates_rps(turn.now.monotonic_s, state.settings.load_window_s)
+    watts = f"{choice.predicted_power_w:.0f} W predicted" if choice.predicted_power_w is not None else "power unknown"
+    turn.decide(
+        Level.INSTANCE,
+        instance.instance_id,
+        "tick",
+        choice.reason,
+        f"{instance.instance_id} (TP{instance.tp}, {pool}) to {choice.mhz} MHz: {_WHY[choice.reason]}, {watts}.",
+        inputs={
+            "pool": pool,
+            "tp": instance.tp,
+            "rate_rps": load.rate_rps,
+            "running": load.running,
+            "waiting": load.waiting,
+            "kv_usage_ratio": load.kv_usage_ratio,
+            "current_mhz": had.mhz if had else None,
+            "class_rates_rps": rates_json(rates) if rates is not None else None,
+            "profile": state.profile_checksum,
+        },
+        outcome={"mhz": choice.mhz, "gpu_uuids": list(instance.gpu_uuids)},
+        alternatives=tuple(
+            {
+                "mhz": other.mhz,
+                "max_rate_rps": other.max_rate_rps,
+                "predicted_power_w": other.predicted_power_w,
+                "rejected": other.rejected,
+            }
+            for other in choice.alternatives
+            if other.rejected
+        ),
+        predicted_power_w=choice.predicted_power_w,
+        predicted_slo_margin=choice.margin,
+        parent=plan.decided_by if plan else None,
+    )
+
+
+_WHY: Mapping[Reason, str] = {
+    Reason.LEAST_POWER: "least power that meets the SLO at this load",
+    Reason.IDLE: "nothing runs",
+    Reason.QUEUE_BUILDING: "requests wait at the engine",
+    Reason.OVER_CAPACITY: "load beyond the profiled SLO range",
+    Reason.STALE_TELEMETRY: "its load is unknown",
+    Reason.NO_PROFILE: "nothing was measured for this configuration",
+    Reason.NOT_SERVING: "it serves nothing yet",
+}

@@ -1,0 +1,136 @@
+"""The load book: turns gateways' cumulative counters into windows of arrivals per request class.
+
+Cumulative counters make a lost report harmless. A new gateway epoch starts a new base; a span without any report
+is a gap, which is unknown, not zero. Bounded: windows older than `keep_s` are dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from controller.domain.classes import RequestClass
+from controller.fleet.port import ClassCounters, LoadObservation, QueueObservation
+
+ZERO = ClassCounters()
+
+
+@dataclass(frozen=True, slots=True)
+class ClassWindow:
+    arrived: int
+    completed: int
+    failed: int
+    in_slo: int
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWindow:
+    """Arrivals between two reports of one gateway, `seconds` long, ending at `end_s` (monotonic)."""
+
+    gateway_id: str
+    end_s: float
+    seconds: float
+    classes: Mapping[RequestClass, ClassWindow]
+
+
+@dataclass(slots=True)
+class LoadBook:
+    keep_s: float
+    windows: deque[LoadWindow] = field(default_factory=deque)
+    _last: dict[str, LoadObservation] = field(default_factory=dict)
+
+    def add(self, report: LoadObservation) -> LoadWindow | None:
+        """Takes a report; returns the window it closes, None for a gateway's first report of an epoch."""
+        before = self._last.get(report.gateway_id)
+        if before is not None and report.observed_at_s < before.observed_at_s:
+            return None  # overtaken by a later one: the counters already hold it
+        self._last[report.gateway_id] = report
+        if before is None or before.epoch != report.epoch:
+            return None
+        seconds = report.observed_at_s - before.observed_at_s
+        if seconds <= 0:
+            return None
+        classes = {}
+        for request_class, counters in report.classes.items():
+            past = before.classes.get(request_class, ZERO)
+            counts = _difference(counters, past)
+            if any((counts.arrived, counts.completed, counts.failed)):
+                classes[request_class] = counts
+        window = LoadWindow(report.gateway_id, report.observed_at_s, seconds, classes)
+        self.windows.append(window)
+        while self.windows and self.windows[0].end_s < report.observed_at_s - self.keep_s:
+            self.windows.popleft()
+        return window
+
+    def age_s(self, now_s: float) -> float | None:
+        """Seconds since the newest report of any gateway; None when there never was one."""
+        return min((now_s - report.observed_at_s for report in self._last.values()), default=None)
+
+    def rates_rps(self, now_s: float, window_s: float) -> dict[RequestClass, float] | None:
+        """Mean arrival rate per class over the last `window_s`; None when nothing was reported in it.
+
+        Several gateways each report their own share, so their rates add.
+        """
+        rates: dict[RequestClass, float] = {}
+        known = False
+        for windows in self.by_gateway(now_s, window_s).values():
+            known = True
+            seconds = sum(window.seconds for window in windows)
+            for window in windows:
+                for request_class, counts in window.classes.items():
+                    rates[request_class] = rates.get(request_class, 0.0) + counts.arrived / seconds
+        return rates if known else None
+
+    def by_gateway(self, now_s: float, window_s: float) -> dict[str, list[LoadWindow]]:
+        """Windows that ended within the last `window_s`, oldest first, by gateway."""
+        found: dict[str, list[LoadWindow]] = {}
+        for window in reversed(self.windows):
+            if window.end_s <= now_s - window_s:
+                break
+            found.setdefault(window.gateway_id, []).append(window)
+        return {gateway_id: windows[::-1] for gateway_id, windows in found.items()}
+
+    def mean_tokens(self, now_s: float, window_s: float) -> dict[RequestClass, tuple[float, float]]:
+        """Mean (input, output) tokens per class over the last `window_s`, where both were seen."""
+        sums: dict[RequestClass, list[int]] = {}
+        for window in reversed(self.windows):
+            if window.end_s <= now_s - window_s:
+                break
+            for request_class, counts in window.classes.items():
+                total = sums.setdefault(request_class, [0, 0, 0, 0])
+                total[0] += counts.arrived
+                total[1] += counts.input_tokens
+                total[2] += counts.completed
+                total[3] += counts.output_tokens
+        return {
+            request_class: (tokens_in / arrived, tokens_out / completed)
+            for request_class, (arrived, tokens_in, completed, tokens_out) in sums.items()
+            if arrived and completed
+        }
+
+    def queues(self) -> dict[str, QueueObservation]:
+        """Waiting requests per pool, summed over gateways."""
+        summed: dict[str, QueueObservation] = {}
+        for report in self._last.values():
+            for pool, queue in report.queues.items():
+                have = summed.get(pool)
+                summed[pool] = queue if have is None else _add(have, queue)
+        return summed
+
+
+def _difference(now: ClassCounters, past: ClassCounters) -> ClassWindow:
+    return ClassWindow(
+        now.arrived - past.arrived,
+        now.completed - past.completed,
+        now.failed - past.failed,
+        now.in_slo - past.in_slo,
+        now.input_tokens - past.input_tokens,
+        now.output_tokens - past.output_tokens,
+    )
+
+
+def _add(a: QueueObservation, b: QueueObservation) -> QueueObservation:
+    return QueueObservation(a.waiting + b.waiting, a.in_flight + b.in_flight, max(a.oldest_wait_s, b.oldest_wait_s))

@@ -1,0 +1,228 @@
+"""What cluster and pool manager share: demand from the load book, the planning problem, and acting on a new plan.
+
+Glue between the state and the pure policies; every choice itself is made in controller/policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from controller.domain.classes import ALL_CLASSES, RequestClass
+from controller.domain.decision import Json, SolverReport
+from controller.domain.layout import Layout
+from controller.fleet.port import HOLDS_GPUS, InstanceState
+from controller.loop.state import Instant, State
+from controller.policy.forecast import ForecastSettings, LoadWindow, RateForecast, combine, forecast
+from controller.policy.milp.problem import PartitionResult, PlanProblem, PlanSolution, PoolDemand
+from controller.policy.placement import HeldInstance, Placed, place
+
+# Spread assumed around a configured initial load, for which nothing was measured yet.
+_COLD_STD_RATIO = 0.2
+_KEPT_STATES = frozenset({InstanceState.STARTING, InstanceState.WARMING, InstanceState.READY})
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Expected load by class over one horizon. `cold` when it rests on configuration instead of observation."""
+
+    parts: Mapping[RequestClass, tuple[RateForecast, ...]]  # one per gateway
+    mean_tokens: Mapping[RequestClass, tuple[float, float]]
+    cold: bool
+
+    def pool_rps(self, state: State, pool: str, quantile: float) -> float:
+        """Equivalent requests/s of a pool's own classes at the quantile."""
+        profile = state.profile
+        group = profile.group(pool)
+        return combine(
+            [
+                (profile.request_weight(pool, request_class, self.mean_tokens.get(request_class)), part)
+                for request_class in sorted(group.classes)
+                for part in self.parts.get(request_class, ())
+            ],
+            quantile,
+        )
+
+    def mean_rps(self) -> dict[RequestClass, float]:
+        return {
+            request_class: sum(part.mean_rps for part in parts)
+            for request_class, parts in self.parts.items()
+            if any(part.mean_rps for part in parts)
+        }
+
+    def json(self) -> Json:
+        """The demand as a decision's input."""
+        return {
+            "cold": self.cold,
+            "classes": {
+                str(request_class): [[round(part.mean_rps, 6), round(part.std_rps, 6)] for part in parts]
+                for request_class, parts in sorted(self.parts.items())
+            },
+            "mean_tokens": {
+                str(request_class): [round(mean_in, 3), round(mean_out, 3)]
+                for request_class, (mean_in, mean_out) in sorted(self.mean_tokens.items())
+            },
+        }
+
+
+def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | None:
+    """The load over the next horizon; from configuration before the first report; None when it is unknown."""
+    settings = ForecastSettings(quantile=state.settings.quantile)
+    parts: dict[RequestClass, tuple[RateForecast, ...]] = {}
+    for windows in state.load.by_gateway(now.monotonic_s, settings.max_age_s).values():
+        for request_class in ALL_CLASSES:
+            counted = [
+                LoadWindow(window.end_s, window.seconds, counts.arrived if counts else 0)
+                for window in windows
+                for counts in (window.classes.get(request_class),)
+            ]
+            part = forecast(counted, now.monotonic_s, horizon_s, settings)
+            if part is not None:
+                parts[request_class] = (*parts.get(request_class, ()), part)
+    tokens = state.load.mean_tokens(now.monotonic_s, settings.max_age_s)
+    seen_s = max((part.observed_s for seen in parts.values() for part in seen), default=0.0)
+    # A few seconds of load say less than the operator's own expectation.
+    if seen_s >= state.settings.load_window_s or (parts and not state.settings.initial_rps):
+        return Demand(parts, tokens, cold=False)
+    if state.settings.initial_rps:
+        return Demand(
+            {
+                request_class: (RateForecast(rate, rate * _COLD_STD_RATIO, rate, 0.0, 1.0, 0.0),)
+                for request_class, rate in state.settings.initial_rps.items()
+                if rate > 0
+            },
+            {},
+            cold=True,
+        )
+    return None
+
+
+def build_problem(
+    state: State,
+    problem_id: str,
+    demand: Demand,
+    partitions: Iterable[tuple[str, ...]],
+    gpus: int,
+    horizon_s: float,
+) -> PlanProblem:
+    """The MILP over `gpus` for each partition; pools ask for the forecast at the quantile, divided by the fill."""
+    settings = state.settings
+    partitions = tuple(partitions)
+    demands = tuple(
+        tuple(
+            PoolDemand(pool, demand.pool_rps(state, pool, settings.quantile) / settings.fill, settings.min_instances)
+            for pool in pools
+        )
+        for pools in partitions
+    )
+    named = {pool for pools in partitions for pool in pools}
+    return PlanProblem(
+        problem_id=problem_id,
+        gpus=gpus,
+        gpus_per_node=settings.gpus_per_node,
+        parked_w=state.profile.parked_w,
+        horizon_s=horizon_s,
+        partitions=demands,
+        columns=tuple(column for column in state.columns if column.pool in named),
+        current={key: n for key, n in state.layout.counts().items() if key[0] in named},
+        start_j={tp: state.start_j(tp) for tp in state.profile.tps},
+    )
+
+
+def demand_by_pool(problem: PlanProblem, pools: Iterable[str]) -> dict[str, float]:
+    """Equivalent requests/s that the problem asks of each of the named pools."""
+    wanted = set(pools)
+    return {
+        demand.pool: demand.rate_rps
+        for partition in problem.partitions
+        for demand in partition
+        if demand.pool in wanted
+    }
+
+
+def problem_json(problem: PlanProblem) -> Json:
+    """The problem as a decision's input. Columns follow from the profile and settings and are not repeated."""
+    return {
+        "gpus": problem.gpus,
+        "horizon_s": problem.horizon_s,
+        "parked_w": problem.parked_w,
+        "partitions": [
+            {demand.pool: [round(demand.rate_rps, 6), demand.min_instances] for demand in partition}
+            for partition in problem.partitions
+        ],
+        "current": counts_json(problem.current),
+        "start_j": {str(tp): round(joules, 3) for tp, joules in sorted(problem.start_j.items())},
+        "columns": len(problem.columns),
+    }
+
+
+def result_json(result: PartitionResult) -> Json:
+    return {
+        "pools": list(result.pools),
+        "status": result.status,
+        "power_w": round(result.power_w, 3),
+        "objective_w": round(result.objective_w, 3),
+        "bound_w": round(result.bound_w, 3),
+        "counts": counts_json(result.counts),
+        "reason": result.reason,
+    }
+
+
+def solver_report(solution: PlanSolution, columns: int) -> SolverReport | None:
+    chosen = solution.chosen
+    if chosen is None:
+        return None
+    solve_ms = chosen.solve_ms + sum(result.solve_ms for result in solution.rejected)
+    return SolverReport(
+        solution.solver, chosen.status, chosen.objective_w, chosen.bound_w, chosen.gap, solve_ms, columns
+    )
+
+
+def counts_json(counts: Mapping[tuple[str, int], int]) -> dict[str, int]:
+    return {f"{pool}/tp{tp}": n for (pool, tp), n in sorted(counts.items()) if n}
+
+
+def say_counts(counts: Mapping[tuple[str, int], int]) -> str:
+    """For people: "short 2xTP4, long 1xTP8"."""
+    by_pool: dict[str, list[str]] = {}
+    for (pool, tp), n in sorted(counts.items()):
+        if n:
+            by_pool.setdefault(pool, []).append(f"{n}xTP{tp}")
+    return ", ".join(f"{pool} {'+'.join(kinds)}" for pool, kinds in by_pool.items()) or "nothing"
+
+
+def wanted_counts(state: State) -> dict[tuple[str, int], int]:
+    """What all pool plans together want."""
+    return {(pool, tp): n for pool, plan in state.pools.items() for tp, n in plan.counts.items() if n}
+
+
+def lay_out(state: State, now: Instant) -> Placed:
+    """Places the pools' wanted counts and makes the result the wanted layout."""
+    nodes = state.placeable_nodes(now.monotonic_s)
+    placed = place(
+        wanted_counts(state), state.settings.model, state.layout, _held(state, now), nodes, state.new_instance_id
+    )
+    if placed.layout != state.layout:
+        state.layout = placed.layout
+        state.layout_changed_s = now.monotonic_s
+    return placed
+
+
+def _held(state: State, now: Instant) -> tuple[HeldInstance, ...]:
+    return tuple(
+        HeldInstance(
+            instance.instance_id,
+            state.pool_of(instance),
+            node_id,
+            instance.gpu_uuids,
+            keep=instance.state in _KEPT_STATES and instance.instance_id not in state.draining,
+        )
+        for node_id, instance in state.instances().values()
+        if instance.state in HOLDS_GPUS and not state.is_lost(node_id, now.monotonic_s)
+    )
+
+
+def drop_from_layout(state: State, instance_ids: Iterable[str]) -> None:
+    """Forgets wanted instances that cannot stand where they were planned; the next `lay_out` places them anew."""
+    gone = set(instance_ids)
+    state.layout = Layout(tuple(i for i in state.layout.instances if i.instance_id not in gone))

@@ -1,0 +1,144 @@
+"""The pool manager (every 5 minutes): how many instances of which tensor parallelism, within the pool's grant.
+
+It never sets clocks: a clock in its MILP is a price. A layout is changed only when capacity needs it or when the
+saving pays for the switch; the cluster manager is asked for more when the grant itself is too small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from controller.domain.reasons import Level, Reason
+from controller.fleet.port import InstanceState, Solve
+from controller.loop.planning import (
+    build_problem,
+    counts_json,
+    demand_by_pool,
+    expected_demand,
+    lay_out,
+    problem_json,
+    result_json,
+    say_counts,
+    solver_report,
+)
+from controller.loop.state import PendingSolve, State, Turn, plan_json
+from controller.policy.milp.fallback import fall_back
+from controller.policy.milp.problem import PlanSolution
+from controller.policy.stabilise import StabiliseSettings, judge, price
+
+
+def tick(turn: Turn, pool: str, trigger: str) -> None:
+    """Asks for the pool's plan; the answer comes to `on_solution`. Nothing to do for a static fleet."""
+    state, now = turn.state, turn.now
+    if not state.settings.knobs.instances or any(pending.pool == pool for pending in state.solving.values()):
+        return
+    demand = expected_demand(state, now, state.settings.pool_s)
+    if demand is None:
+        return  # the cluster manager says so in its own decision
+    effect_id = turn.effect_id()
+    problem = build_problem(state, effect_id, demand, ((pool,),), state.pools[pool].granted_gpus, state.settings.pool_s)
+    inputs = {"demand": demand.json(), "problem": problem_json(problem), "profile": state.profile_checksum}
+    state.solving[effect_id] = PendingSolve(Level.POOL, pool, trigger, problem, inputs, demand.cold)
+    turn.effects.append(Solve(effect_id, problem))
+
+
+def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bool:
+    """Takes or rejects the plan. Returns True when the grant is too small and the cluster must plan again."""
+    state, now, problem, pool = turn.state, turn.now, pending.problem, pending.pool
+    plan = state.pools.get(pool)
+    if plan is None:
+        return False  # the partition changed while this was being solved
+    chosen = solution.chosen
+    fallback = fall_back(problem) if chosen is None else None
+    counts = dict(fallback.counts if fallback else chosen.counts if chosen else {})
+    demand = demand_by_pool(problem, [pool])
+    present_counts = {(pool, tp): n for tp, n in plan.counts.items()}
+    present = price(state.fit, present_counts, demand, problem.gpus)
+    candidate = price(state.fit, counts, demand, problem.gpus)
+    over_grant = sum(tp * n for (_, tp), n in present_counts.items()) > problem.gpus
+    verdict = judge(
+        present,
+        candidate,
+        started(problem.current, counts),
+        problem.start_j,
+        problem.horizon_s,
+        now.monotonic_s - state.layout_changed_s,
+        pending=transition_pending(state),
+        settings=StabiliseSettings(dwell_s=state.settings.min_dwell_s),
+    )
+    reason, sentence, accept = verdict.reason, verdict.sentence, verdict.accept
+    same = counts_json(counts) == counts_json(present_counts)
+    if over_grant:
+        accept = True
+    if fallback:
+        # With the grant too small, the most that it can carry is right, unless that is what already stands.
+        reason, sentence, accept = fallback.reason, fallback.sentence, not same
+    if same and not fallback:
+        reason, accept = Reason.PLAN_KEPT, False
+    if accept:
+        state.pools[pool] = replace(
+            plan,
+            counts={tp: n for (_, tp), n in counts.items() if n},
+            demand_rps=demand[pool],
+            decided_by=state.decision_numbers + 1,
+            decided_at_s=now.monotonic_s,
+        )
+    placed = lay_out(state, now) if accept else None
+    alternatives = [result_json(result) for result in solution.rejected]
+    if not accept and not same and chosen is not None:
+        alternatives.append({**result_json(chosen), "reason": str(reason)})
+    turn.decide(
+        Level.POOL,
+        pool,
+        pending.trigger,
+        reason,
+        _say(present_counts, counts, accept, "" if same else sentence),
+        inputs=pending.inputs,
+        outcome={
+            "accepted": accept,
+            "counts": counts_json(counts if accept else present_counts),
+            "missing": counts_json(placed.missing) if placed else {},
+            **({"plan": plan_json(state)} if accept else {}),
+        },
+        alternatives=tuple(alternatives),
+        predicted_power_w=(candidate if accept else present).power_w,
+        predicted_slo_margin=_margin((candidate if accept else present).load_ratio),
+        solver=solver_report(solution, len(problem.columns)),
+        parent=plan.decided_by,
+    )
+    return fallback is not None and not fallback.carries and not pending.cold
+
+
+def started(current: Mapping[tuple[str, int], int], wanted: Mapping[tuple[str, int], int]) -> dict[int, int]:
+    """Instances by tp that `wanted` has beyond `current`; one that only changes its pool is not started."""
+    have: dict[int, int] = {}
+    need: dict[int, int] = {}
+    for (_, tp), n in current.items():
+        have[tp] = have.get(tp, 0) + n
+    for (_, tp), n in wanted.items():
+        need[tp] = need.get(tp, 0) + n
+    return {tp: n - have.get(tp, 0) for tp, n in sorted(need.items()) if n > have.get(tp, 0)}
+
+
+def transition_pending(state: State) -> bool:
+    """True while what is there is not yet what is wanted."""
+    wanted = state.layout.by_id()
+    ready = set()
+    for _, instance in state.instances().values():
+        if instance.instance_id in wanted:
+            if instance.state is InstanceState.READY:
+                ready.add(instance.instance_id)
+        elif instance.state not in (InstanceState.STOPPED, InstanceState.FAILED, InstanceState.QUARANTINED):
+            return True
+    return ready != set(wanted)
+
+
+def _say(present: Mapping[tuple[str, int], int], counts: Mapping[tuple[str, int], int], accept: bool, why: str) -> str:
+    if accept:
+        return f"From {say_counts(present)} to {say_counts(counts)}. {why}".strip()
+    return f"Kept {say_counts(present)}. {why}".strip()
+
+
+def _margin(load_ratio: float) -> float | None:
+    return 1.0 - load_ratio if load_ratio < float("inf") else None

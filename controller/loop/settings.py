@@ -1,0 +1,68 @@
+"""Settings of the loop as plain values; controller/config.py builds them from TOML, the simulator by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from controller.domain.classes import DEFAULT_GROUPS, DEFAULT_PARTITIONS, ClassGroup, RequestClass
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """What the loop may steer. All off is SinglePool: one pool, TP8 on every GPU, full clock."""
+
+    pools: bool = True  # cut the classes into pools, and change the cut
+    instances: bool = True  # change how many instances run
+    sharding: bool = True  # use other tensor parallelism than the widest
+    clocks: bool = True  # lock clocks
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """Periods, horizons and limits. `3 * instance_s <= lease_ttl_s` is checked at construction."""
+
+    model: str
+    cluster_s: float = 1800.0
+    pool_s: float = 300.0
+    instance_s: float = 5.0
+    lease_ttl_s: float = 20.0
+    rpc_deadline_s: float = 4.0
+    gpus_per_node: int = 8
+    widest_tp: int = 8
+    # Quantile of the forecast that capacity is provisioned for, and the share of a pool's profiled SLO capacity that
+    # a plan may fill: what is left absorbs bursts within the epoch.
+    quantile: float = 0.95
+    fill: float = 0.85
+    # What a start is priced at before any was measured.
+    start_s: float = 180.0
+    min_dwell_s: float = 60.0
+    max_starts_at_once: int = 4
+    # Window for the load that clocks are chosen for, and the age from which an observation is stale, then lost.
+    load_window_s: float = 15.0
+    stale_s: float = 15.0
+    lost_s: float = 60.0
+    # With no load data at all: hold the plan for this long, then full clocks.
+    hold_s: float = 600.0
+    # Load to plan for before the first report, requests/s by class; empty means the whole fleet as SinglePool.
+    initial_rps: Mapping[RequestClass, float] = field(default_factory=dict)
+    groups: tuple[ClassGroup, ...] = DEFAULT_GROUPS
+    partitions: tuple[tuple[str, ...], ...] = DEFAULT_PARTITIONS
+    min_instances: int = 1
+    knobs: Knobs = field(default_factory=Knobs)
+
+    def __post_init__(self) -> None:
+        if 3 * self.instance_s > self.lease_ttl_s:
+            raise ValueError(
+                f"lease ttl of {self.lease_ttl_s} s is too short: it must be at least three instance periods "
+                f"({3 * self.instance_s} s), or a single late tick would let every lock expire"
+            )
+        if self.rpc_deadline_s >= self.instance_s:
+            raise ValueError(
+                f"rpc deadline of {self.rpc_deadline_s} s must be shorter than the instance period "
+                f"({self.instance_s} s), or calls pile up behind a slow agent"
+            )
+        if not self.instance_s <= self.pool_s <= self.cluster_s:
+            raise ValueError("periods must not fall from instance to pool to cluster")
+        if not 0 < self.fill <= 1 or not 0.5 <= self.quantile < 1:
+            raise ValueError("fill must be in (0, 1] and quantile in [0.5, 1)")

@@ -1,0 +1,243 @@
+"""What the core remembers between events, and the turn in which it answers one.
+
+Everything a decision may depend on stands here or in the settings and the profile: nothing hidden, so that a
+replay can set it up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from controller.domain.classes import ClassGroup, RequestClass
+from controller.domain.decision import Decision, Json, SolverReport
+from controller.domain.layout import Gpu, Layout, Node
+from controller.domain.reasons import Level, Mode, Reason
+from controller.fleet.port import Effect, InstanceObservation, InstanceState, NodeObservation, RoutingTable
+from controller.loop.load import LoadBook
+from controller.loop.settings import LoopSettings
+from controller.policy.milp.problem import Column, PlanProblem
+from controller.profile.fit import ProfileFit
+from controller.profile.table import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """Now, on both clocks."""
+
+    monotonic_s: float
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """What a pool was granted by the cluster manager and what its manager made of it."""
+
+    group: ClassGroup
+    granted_gpus: int
+    counts: Mapping[int, int]  # wanted instances by tp
+    demand_rps: float  # equivalent requests/s it was planned for
+    decided_by: int  # number of the decision
+    decided_at_s: float  # monotonic
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenClock:
+    mhz: int | None  # None: unlocked
+    reason: Reason
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PendingSolve:
+    """A problem being solved off the loop, with what is needed to make a decision of its solution."""
+
+    level: Level
+    pool: str  # "" for the cluster
+    trigger: str
+    problem: PlanProblem
+    inputs: Json
+    cold: bool
+
+
+@dataclass(slots=True)
+class State:
+    settings: LoopSettings
+    profile: Profile
+    profile_checksum: str
+    fit: ProfileFit
+    columns: tuple[Column, ...]  # all that the knobs leave to the planner
+    term: int
+    mode: Mode
+    load: LoadBook
+    nodes: dict[str, NodeObservation] = field(default_factory=dict)
+    expected_nodes: int = 0
+    first_event_s: float | None = None
+    last_cluster_s: float | None = None
+    layout: Layout = field(default_factory=Layout)
+    pools: dict[str, PoolPlan] = field(default_factory=dict)
+    layout_changed_s: float = float("-inf")
+    solving: dict[str, PendingSolve] = field(default_factory=dict)
+    # Effects under way: id -> (kind, instance id), so that a reconcile does not repeat them.
+    acting: dict[str, tuple[str, str]] = field(default_factory=dict)
+    # The pool each instance is routed as; a relabel changes it without a restart.
+    routed_as: dict[str, str] = field(default_factory=dict)
+    draining: set[str] = field(default_factory=set)
+    given_up: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    clocks: dict[str, ChosenClock] = field(default_factory=dict)
+    measured_start_s: dict[int, float] = field(default_factory=dict)  # by tp, the longest seen
+    routing: RoutingTable | None = None
+    sentences: dict[Level, str] = field(default_factory=dict)
+    decision_numbers: int = 0
+    effect_numbers: int = 0
+    instance_numbers: int = 0
+
+    # ------------------------------------------------------------------------------------- observations
+
+    def instances(self) -> dict[str, tuple[str, InstanceObservation]]:
+        """Every instance seen, by id, with its node."""
+        return {
+            instance.instance_id: (node.node_id, instance)
+            for node in self.nodes.values()
+            for instance in node.instances
+        }
+
+    def is_stale(self, node_id: str, now_s: float) -> bool:
+        node = self.nodes.get(node_id)
+        return node is None or now_s - node.observed_at_s > self.settings.stale_s
+
+    def is_lost(self, node_id: str, now_s: float) -> bool:
+        node = self.nodes.get(node_id)
+        return node is None or now_s - node.observed_at_s > self.settings.lost_s
+
+    def may_act(self, now_s: float) -> bool:
+        """True once every expected node has reported, or those that have not count as lost.
+
+        Before, a restarted controller would take nodes that are only slow to answer for gone.
+        """
+        waited_s = now_s - (self.first_event_s if self.first_event_s is not None else now_s)
+        return bool(self.nodes) and (len(self.nodes) >= self.expected_nodes or waited_s > self.settings.lost_s)
+
+    def placeable_nodes(self, now_s: float) -> tuple[Node, ...]:
+        """Nodes that are not lost, as placement sees them; quarantined and unhealthy GPUs are not usable."""
+        nodes = []
+        for node in sorted(self.nodes.values(), key=lambda node: node.node_id):
+            if self.is_lost(node.node_id, now_s):
+                continue
+            bad = {
+                uuid
+                for instance in node.instances
+                if instance.state is InstanceState.QUARANTINED
+                for uuid in instance.gpu_uuids
+            }
+            gpus = tuple(
+                Gpu(gpu.uuid, gpu.index, usable=gpu.healthy and gpu.uuid not in bad)
+                for gpu in sorted(node.gpus, key=lambda gpu: gpu.index)
+            )
+            nodes.append(Node(node.node_id, gpus))
+        return tuple(nodes)
+
+    def usable_gpus(self, now_s: float) -> int:
+        return sum(gpu.usable for node in self.placeable_nodes(now_s) for gpu in node.gpus)
+
+    def new_instance_id(self) -> str:
+        self.instance_numbers += 1
+        return f"t{self.term}-i{self.instance_numbers}"
+
+    def pool_of(self, instance: InstanceObservation) -> str:
+        """The pool that an instance is routed as now: as last relabelled, else as it was started."""
+        return self.routed_as.get(instance.instance_id, instance.pool)
+
+    def start_s(self, tp: int) -> float:
+        """Seconds from a start to the first request: the longest measured here, else the profile's, else assumed."""
+        profiled = self.profile.starts.get(tp)
+        return self.measured_start_s.get(tp, profiled.start_s if profiled else self.settings.start_s)
+
+    def start_j(self, tp: int) -> float:
+        """Energy of a start: the whole instance holds a context at full clock and serves nothing meanwhile."""
+        watts = self.fit.idle_power_w(tp, self.profile.full_mhz) or tp * self.profile.parked_w
+        return self.start_s(tp) * watts
+
+
+@dataclass(slots=True)
+class Turn:
+    """The answer to one event: collects decisions and effects."""
+
+    now: Instant
+    state: State
+    decisions: list[Decision] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+
+    def effect_id(self) -> str:
+        self.state.effect_numbers += 1
+        return f"e{self.state.effect_numbers}"
+
+    def decide(
+        self,
+        level: Level,
+        scope: str,
+        trigger: str,
+        reason: Reason,
+        sentence: str,
+        *,
+        inputs: Json,
+        outcome: Json,
+        alternatives: tuple[Json, ...] = (),
+        predicted_power_w: float | None = None,
+        predicted_slo_margin: float | None = None,
+        solver: SolverReport | None = None,
+        parent: int | None = None,
+    ) -> Decision:
+        state = self.state
+        state.decision_numbers += 1
+        state.sentences[level] = sentence
+        decision = Decision(
+            term=state.term,
+            number=state.decision_numbers,
+            decided_at_s=self.now.wall_s,
+            level=level,
+            scope=scope,
+            trigger=trigger,
+            mode=state.mode,
+            reason=reason,
+            sentence=sentence,
+            inputs=inputs,
+            outcome=outcome,
+            alternatives=alternatives,
+            predicted_power_w=predicted_power_w,
+            predicted_slo_margin=predicted_slo_margin,
+            solver=solver,
+            parent=parent,
+        )
+        self.decisions.append(decision)
+        return decision
+
+
+def rates_json(rates: Mapping[RequestClass, float]) -> dict[str, float]:
+    return {str(request_class): round(rate, 6) for request_class, rate in sorted(rates.items())}
+
+
+def plan_json(state: State) -> dict[str, Any]:
+    """The whole plan as JSON: what a restarted controller carries on from."""
+    return {
+        "pools": {
+            name: {
+                "granted_gpus": plan.granted_gpus,
+                "counts": {str(tp): n for tp, n in sorted(plan.counts.items())},
+                "demand_rps": plan.demand_rps,
+            }
+            for name, plan in sorted(state.pools.items())
+        },
+        "instances": [
+            {
+                "instance_id": instance.instance_id,
+                "pool": instance.pool,
+                "model": instance.model,
+                "node_id": instance.node_id,
+                "gpu_uuids": list(instance.gpu_uuids),
+            }
+            for instance in state.layout.instances
+        ],
+    }

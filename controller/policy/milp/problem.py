@@ -1,0 +1,80 @@
+"""The planning problem and its solution as plain values: what the MILP is given and what it answers.
+
+One problem covers one model. The cluster manager's problem has several partitions (ways to cut the classes into
+pools) over the whole fleet; a pool manager's has one partition of one pool over its grant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One way to run one instance: carries up to `rate_rps` equivalent requests/s within the SLO at `power_w`
+    for the whole instance. `mhz` is the clock of least power there: a price, not a command."""
+
+    pool: str
+    tp: int
+    mhz: int
+    rate_rps: float
+    power_w: float
+
+
+@dataclass(frozen=True, slots=True)
+class PoolDemand:
+    """`rate_rps` in equivalent requests/s (profile/table.py) at the provisioned quantile."""
+
+    pool: str
+    rate_rps: float
+    min_instances: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlanProblem:
+    """Minimise  sum n_col * power_w  +  parked_w * empty GPUs  +  start_j / horizon_s * started instances
+    over integer n_col >= 0, within `gpus`, each pool's rate and minimum met.
+
+    `current` counts the instances that exist now by (pool, tp); only what exceeds it pays `start_j[tp]`.
+    Limits are deterministic (nodes and gap); `time_limit_s` is the last resort.
+    """
+
+    problem_id: str
+    gpus: int
+    gpus_per_node: int
+    parked_w: float
+    horizon_s: float
+    partitions: tuple[tuple[PoolDemand, ...], ...]
+    columns: tuple[Column, ...]
+    current: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    start_j: Mapping[int, float] = field(default_factory=dict)
+    gap: float = 0.005
+    node_limit: int = 20_000
+    time_limit_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionResult:
+    """How one partition came out; `reason` says why it was not taken ("" for the chosen one)."""
+
+    pools: tuple[str, ...]
+    status: str  # optimal | feasible | infeasible | error
+    power_w: float
+    objective_w: float
+    bound_w: float
+    gap: float
+    solve_ms: float
+    counts: Mapping[tuple[str, int], int]
+    used: tuple[tuple[Column, int], ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSolution:
+    """`chosen` is None when no partition is feasible; then the caller falls back (policy/milp/fallback.py)."""
+
+    problem_id: str
+    solver: str
+    chosen: PartitionResult | None
+    rejected: tuple[PartitionResult, ...]

@@ -1,0 +1,297 @@
+"""The profile: what was measured of one model on one GPU type under one engine, as a value.
+
+Calibration (controller/calibrate) makes it, the store and files keep it as canonical JSON with a checksum, and
+everything that plans reads it through profile/fit.py. Nothing here computes between points.
+
+Loads are stated in *equivalent requests/s* of a group's calibration mix, so that a drifting mix of classes or token
+lengths changes the stated load and not the curves: one request weighs `a * input_tokens + b * output_tokens`, with a
+and b measured in calibration, relative to the mean request of the mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.errors import UserError
+from controller.domain.classes import Bucket, ClassGroup, ClassScheme, RequestClass
+from controller.domain.decision import canonical_json
+from controller.domain.slo import Slo
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OperatingPoint:
+    """One measurement of one instance under a steady load. Latencies by input bucket, for the buckets seen."""
+
+    group: str
+    tp: int
+    mhz: int
+    rate_rps: float  # offered requests/s of the group's calibration mix
+    power_w: float  # mean over the window, whole instance (all its GPUs)
+    attainment: float  # share of requests in SLO
+    ttft_p50_ms: Mapping[Bucket, float]
+    ttft_p99_ms: Mapping[Bucket, float]
+    tbt_p99_ms: float  # P99 over requests of their mean time between tokens
+    gap_p99_ms: float  # P99 over single token gaps
+    running_mean: float  # requests in the batch, time-weighted
+    running_p99: float
+    requests: int  # measured, for judging the noise
+
+    def in_slo(self, slo: Slo) -> bool:
+        return self.attainment >= slo.attainment and self.gap_p99_ms <= slo.token_gap_p99_ms
+
+
+@dataclass(frozen=True, slots=True)
+class IdlePoint:
+    """An instance that is loaded and serves nothing, its clock locked."""
+
+    tp: int
+    mhz: int
+    power_w: float  # whole instance
+
+
+@dataclass(frozen=True, slots=True)
+class ClassMix:
+    """How one class stood in a group's calibration mix."""
+
+    share: float  # of the group's requests
+    input_tokens: float  # mean
+    output_tokens: float  # mean
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWork:
+    """Seconds of a saturated instance that one token takes; only the ratio of the two matters for planning."""
+
+    input_s: float
+    output_s: float
+
+    def of(self, input_tokens: float, output_tokens: float) -> float:
+        return self.input_s * input_tokens + self.output_s * output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StartCost:
+    """From the start effect to the first request: duration, and energy of the whole instance meanwhile."""
+
+    start_s: float
+    start_j: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    model: str
+    gpu: str
+    engine: str  # fingerprint: version, quantisation, flags that change the surface
+    scheme: ClassScheme
+    slo: Slo
+    groups: tuple[ClassGroup, ...]
+    tps: tuple[int, ...]
+    clocks_mhz: tuple[int, ...]  # the measured grid, ascending; the last is the full clock
+    points: tuple[OperatingPoint, ...]
+    idle: tuple[IdlePoint, ...]
+    parked_w: float  # one GPU without a context
+    mixes: Mapping[str, Mapping[RequestClass, ClassMix]]  # group -> class -> its part of the mix
+    work: TokenWork
+    starts: Mapping[int, StartCost] = field(default_factory=dict)  # by tp
+    provenance: str = ""  # who measured it, on what
+
+    @property
+    def full_mhz(self) -> int:
+        return self.clocks_mhz[-1]
+
+    def group(self, name: str) -> ClassGroup:
+        """Raises KeyError for a group that was not measured."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
+
+    def idle_power_w(self, tp: int, mhz: int) -> float | None:
+        """Of a whole instance that serves nothing; None where it was not measured."""
+        for point in self.idle:
+            if point.tp == tp and point.mhz == mhz:
+                return point.power_w
+        return None
+
+    def mean_work_s(self, group: str) -> float:
+        """Work of the mean request of a group's calibration mix."""
+        mix = self.mixes[group]
+        share = sum(part.share for part in mix.values())
+        return sum(part.share * self.work.of(part.input_tokens, part.output_tokens) for part in mix.values()) / share
+
+    def request_weight(
+        self, group: str, request_class: RequestClass, mean_tokens: tuple[float, float] | None = None
+    ) -> float:
+        """Equivalent requests of the group's mix that one request of a class is worth.
+
+        `mean_tokens` are the (input, output) means seen live; without them the calibration's own are used. A class
+        that the mix did not contain (a larger pool serves it by spill) is weighed by the mix that knows it, or by
+        the mean request when none does.
+        """
+        if mean_tokens is None:
+            part = self._class_mix(group, request_class)
+            if part is None:
+                return 1.0
+            mean_tokens = (part.input_tokens, part.output_tokens)
+        return self.work.of(*mean_tokens) / self.mean_work_s(group)
+
+    def _class_mix(self, group: str, request_class: RequestClass) -> ClassMix | None:
+        for mix in (self.mixes[group], *self.mixes.values()):
+            if request_class in mix:
+                return mix[request_class]
+        return None
+
+    def equivalent_rate(
+        self,
+        group: str,
+        rates_rps: Mapping[RequestClass, float],
+        mean_tokens: Mapping[RequestClass, tuple[float, float]] | None = None,
+    ) -> float:
+        """Equivalent requests/s of a group's mix that the given class rates amount to."""
+        tokens = mean_tokens or {}
+        return sum(rate * self.request_weight(group, c, tokens.get(c)) for c, rate in rates_rps.items())
+
+    def checksum(self) -> str:
+        """SHA-256 over the canonical JSON of everything but itself."""
+        return hashlib.sha256(canonical_json(_body(self)).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same profile has the same bytes."""
+        return canonical_json({**_body(self), "checksum": self.checksum()})
+
+    @staticmethod
+    def from_json(text: str) -> Profile:
+        """Reads what `to_json` wrote; raises UserError that says what is wrong with it."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"profile: not valid JSON: {error}.", "Export it again.") from None
+        if not isinstance(data, dict):
+            raise UserError("profile: not a JSON object.", "Export it again.")
+        if data.get("schema") != SCHEMA:
+            raise UserError(f"profile: schema {data.get('schema')!r}, this program reads {SCHEMA}.", "Calibrate again.")
+        try:
+            profile = _parse(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"profile: a field is missing or malformed: {error!r}.", "Export it again.") from None
+        if data.get("checksum") != profile.checksum():
+            raise UserError("profile: its checksum does not match its content.", "Export it again; do not edit it.")
+        return profile
+
+
+def _body(profile: Profile) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "model": profile.model,
+        "gpu": profile.gpu,
+        "engine": profile.engine,
+        "scheme": {
+            "input_cuts_tokens": list(profile.scheme.input_cuts_tokens),
+            "output_cuts_tokens": list(profile.scheme.output_cuts_tokens),
+        },
+        "slo": {name: getattr(profile.slo, name) for name in Slo.__dataclass_fields__},
+        "groups": {group.name: sorted(str(c) for c in group.classes) for group in profile.groups},
+        "group_order": [group.name for group in profile.groups],
+        "tps": list(profile.tps),
+        "clocks_mhz": list(profile.clocks_mhz),
+        "points": [
+            {
+                "group": p.group,
+                "tp": p.tp,
+                "mhz": p.mhz,
+                "rate_rps": p.rate_rps,
+                "power_w": p.power_w,
+                "attainment": p.attainment,
+                "ttft_p50_ms": {bucket.value: value for bucket, value in p.ttft_p50_ms.items()},
+                "ttft_p99_ms": {bucket.value: value for bucket, value in p.ttft_p99_ms.items()},
+                "tbt_p99_ms": p.tbt_p99_ms,
+                "gap_p99_ms": p.gap_p99_ms,
+                "running_mean": p.running_mean,
+                "running_p99": p.running_p99,
+                "requests": p.requests,
+            }
+            for p in profile.points
+        ],
+        "idle": [{"tp": p.tp, "mhz": p.mhz, "power_w": p.power_w} for p in profile.idle],
+        "parked_w": profile.parked_w,
+        "mixes": {
+            group: {
+                str(c): {"share": m.share, "input_tokens": m.input_tokens, "output_tokens": m.output_tokens}
+                for c, m in mix.items()
+            }
+            for group, mix in profile.mixes.items()
+        },
+        "work": {"input_s": profile.work.input_s, "output_s": profile.work.output_s},
+        "starts": {str(tp): {"start_s": s.start_s, "start_j": s.start_j} for tp, s in profile.starts.items()},
+        "provenance": profile.provenance,
+    }
+
+
+def _parse(data: Mapping[str, Any]) -> Profile:
+    groups = {
+        name: ClassGroup(name, frozenset(RequestClass.parse(c) for c in classes))
+        for name, classes in data["groups"].items()
+    }
+    scheme = data["scheme"]
+    return Profile(
+        model=str(data["model"]),
+        gpu=str(data["gpu"]),
+        engine=str(data["engine"]),
+        scheme=ClassScheme(_pair(scheme["input_cuts_tokens"]), _pair(scheme["output_cuts_tokens"])),
+        slo=Slo(**{name: _number(data["slo"][name]) for name in Slo.__dataclass_fields__}),
+        groups=tuple(groups[name] for name in data["group_order"]),
+        tps=tuple(int(tp) for tp in data["tps"]),
+        clocks_mhz=tuple(int(mhz) for mhz in data["clocks_mhz"]),
+        points=tuple(
+            OperatingPoint(
+                group=str(p["group"]),
+                tp=int(p["tp"]),
+                mhz=int(p["mhz"]),
+                rate_rps=_number(p["rate_rps"]),
+                power_w=_number(p["power_w"]),
+                attainment=_number(p["attainment"]),
+                ttft_p50_ms={Bucket(b): _number(v) for b, v in p["ttft_p50_ms"].items()},
+                ttft_p99_ms={Bucket(b): _number(v) for b, v in p["ttft_p99_ms"].items()},
+                tbt_p99_ms=_number(p["tbt_p99_ms"]),
+                gap_p99_ms=_number(p["gap_p99_ms"]),
+                running_mean=_number(p["running_mean"]),
+                running_p99=_number(p["running_p99"]),
+                requests=int(p["requests"]),
+            )
+            for p in data["points"]
+        ),
+        idle=tuple(IdlePoint(int(p["tp"]), int(p["mhz"]), _number(p["power_w"])) for p in data["idle"]),
+        parked_w=_number(data["parked_w"]),
+        mixes={
+            group: {
+                RequestClass.parse(c): ClassMix(
+                    _number(m["share"]), _number(m["input_tokens"]), _number(m["output_tokens"])
+                )
+                for c, m in mix.items()
+            }
+            for group, mix in data["mixes"].items()
+        },
+        work=TokenWork(_number(data["work"]["input_s"]), _number(data["work"]["output_s"])),
+        starts={int(tp): StartCost(_number(s["start_s"]), _number(s["start_j"])) for tp, s in data["starts"].items()},
+        provenance=str(data["provenance"]),
+    )
+
+
+def _number(value: Any) -> float:
+    """JSON numbers as floats, so that 1 and 1.0 in a file make one profile; a profile holds finite numbers only."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not finite")
+    return number
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = (int(value) for value in values)
+    return first, second

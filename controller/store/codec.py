@@ -1,0 +1,321 @@
+"""Between values and rows: `to_row` on the way in, `to_decision` and the others on the way out.
+
+A row is a table's name and its columns as JSON scalars (times as epoch seconds), so that the same form can be
+inserted, spooled to disk as one line, and inserted later.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from controller.domain.decision import Decision, Json, SolverReport, canonical_json
+from controller.domain.layout import Layout, PlannedInstance
+from controller.domain.reasons import Level, Mode, Reason
+from controller.store.models import DecisionModel, DecisionOutcomeModel, PlanModel
+from controller.store.records import (
+    ActionRecord,
+    DecisionOutcome,
+    LoadRow,
+    NodeRecord,
+    PlanRecord,
+    Record,
+    SloRow,
+    TelemetryRow,
+    TransitionRow,
+)
+
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row for one table."""
+
+    table: str
+    values: dict[str, Scalar]
+
+
+def to_row(record: Record) -> Row:
+    """A number that is not finite (the gap of a solve that found nothing) becomes NULL: unknown, not zero.
+
+    Raises ValueError or TypeError where a structured value has no JSON form.
+    """
+    row = _to_row(record)
+    for name, value in row.values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            row.values[name] = None
+    return row
+
+
+def _to_row(record: Record) -> Row:
+    match record:
+        case Decision():
+            return Row("decisions", _decision(record))
+        case DecisionOutcome():
+            return Row(
+                "decision_outcomes",
+                {
+                    "term": record.term,
+                    "number": record.number,
+                    "measured_at": record.measured_at_s,
+                    "window_s": record.window_s,
+                    "power_w": record.power_w,
+                    "energy_j": record.energy_j,
+                    "load_rps": record.load_rps,
+                    "slo_attainment": record.slo_attainment,
+                    "ttft_p99_ms": record.ttft_p99_ms,
+                    "token_gap_p99_ms": record.token_gap_p99_ms,
+                    "detail": canonical_json(record.detail),
+                },
+            )
+        case ActionRecord():
+            return Row(
+                "actions",
+                {
+                    "term": record.term,
+                    "effect_id": record.effect_id,
+                    "decision": record.decision,
+                    "kind": record.kind.value,
+                    "node_id": record.node_id,
+                    "instance_id": record.instance_id,
+                    "gpus": record.gpus,
+                    "asked": canonical_json(record.asked),
+                    "ok": record.ok,
+                    "detail": record.detail,
+                    "started_at": record.started_at_s,
+                    "duration_s": record.duration_s,
+                },
+            )
+        case TelemetryRow():
+            return Row(
+                "telemetry_minute",
+                {
+                    "term": record.term,
+                    "window_start": record.window_start_s,
+                    "window_s": record.window_s,
+                    "node_id": record.node_id,
+                    "gpu_uuid": record.gpu_uuid,
+                    "state": record.state.value,
+                    "pool": record.pool,
+                    "instance_id": record.instance_id,
+                    "seconds": record.seconds,
+                    "energy_j": record.energy_j,
+                    "energy_source": record.energy_source.value,
+                    "mean_power_w": record.mean_power_w,
+                    "mean_sm_mhz": record.mean_sm_mhz,
+                },
+            )
+        case LoadRow():
+            return Row(
+                "load_minute",
+                {
+                    **_class_window(record),
+                    "arrived": record.arrived,
+                    "completed": record.completed,
+                    "failed": record.failed,
+                    "input_tokens": record.input_tokens,
+                    "output_tokens": record.output_tokens,
+                },
+            )
+        case SloRow():
+            return Row(
+                "slo_minute",
+                {
+                    **_class_window(record),
+                    "requests": record.requests,
+                    "in_slo": record.in_slo,
+                    "ttft_p50_ms": record.ttft_p50_ms,
+                    "ttft_p99_ms": record.ttft_p99_ms,
+                    "token_gap_p50_ms": record.token_gap_p50_ms,
+                    "token_gap_p99_ms": record.token_gap_p99_ms,
+                },
+            )
+        case TransitionRow():
+            return Row(
+                "transitions",
+                {
+                    "term": record.term,
+                    "transition_id": record.transition_id,
+                    "decision": record.decision,
+                    "model": record.model,
+                    "pool": record.pool,
+                    "reason": record.reason,
+                    "started_at": record.started_at_s,
+                    "duration_s": record.duration_s,
+                    "completed": record.completed,
+                    "starts": record.starts,
+                    "stops": record.stops,
+                    "layout_before": canonical_json(record.before),
+                    "layout_after": canonical_json(record.after),
+                },
+            )
+        case PlanRecord():
+            return Row(
+                "plans",
+                {
+                    "term": record.term,
+                    "number": record.number,
+                    "planned_at": record.planned_at_s,
+                    "layout": canonical_json(_layout_json(record.layout)),
+                    "pools": canonical_json(record.pools),
+                },
+            )
+        case NodeRecord():
+            return Row(
+                "nodes",
+                {
+                    "node_id": record.node_id,
+                    "seen_at": record.seen_at_s,
+                    "gpus": record.gpus,
+                    "address": record.address,
+                    "detail": canonical_json(dict(record.detail)),
+                },
+            )
+
+
+def to_line(row: Row) -> bytes:
+    """The row as one line of a spool file."""
+    return canonical_json({"table": row.table, "values": row.values}).encode() + b"\n"
+
+
+def from_line(line: bytes) -> Row:
+    """Raises ValueError for anything that `to_line` did not write."""
+    try:
+        value = json.loads(line)
+        return Row(str(value["table"]), dict(value["values"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"not a spooled row: {line[:80]!r}") from error
+
+
+def to_decision(row: DecisionModel) -> Decision:
+    solver = None
+    if row.solver is not None:
+        solver = SolverReport(
+            solver=row.solver,
+            status=row.solver_status or "",
+            objective_w=_known(row.objective_w),
+            bound_w=_known(row.bound_w),
+            gap=_known(row.gap),
+            solve_ms=_known(row.solve_ms),
+            columns=row.solver_columns or 0,
+        )
+    return Decision(
+        term=row.term,
+        number=row.number,
+        decided_at_s=row.decided_at,
+        level=Level(row.level),
+        scope=row.scope,
+        trigger=row.trigger,
+        mode=Mode(row.mode),
+        reason=Reason(row.reason),
+        sentence=row.sentence,
+        inputs=_object(row.inputs),
+        outcome=_object(row.outcome),
+        alternatives=tuple(json.loads(row.alternatives)),
+        predicted_power_w=row.predicted_power_w,
+        predicted_slo_margin=row.predicted_slo_margin,
+        solver=solver,
+        parent=row.parent,
+        effects=tuple(json.loads(row.effects)),
+    )
+
+
+def to_decision_outcome(row: DecisionOutcomeModel) -> DecisionOutcome:
+    return DecisionOutcome(
+        term=row.term,
+        number=row.number,
+        measured_at_s=row.measured_at,
+        window_s=row.window_s,
+        power_w=row.power_w,
+        energy_j=row.energy_j,
+        load_rps=row.load_rps,
+        slo_attainment=row.slo_attainment,
+        ttft_p99_ms=row.ttft_p99_ms,
+        token_gap_p99_ms=row.token_gap_p99_ms,
+        detail=_object(row.detail),
+    )
+
+
+def to_plan(row: PlanModel) -> PlanRecord:
+    return PlanRecord(
+        term=row.term,
+        number=row.number,
+        planned_at_s=row.planned_at,
+        layout=Layout(
+            tuple(
+                PlannedInstance(
+                    instance_id=item["instance_id"],
+                    pool=item["pool"],
+                    model=item["model"],
+                    node_id=item["node_id"],
+                    gpu_uuids=tuple(item["gpu_uuids"]),
+                )
+                for item in json.loads(row.layout)
+            )
+        ),
+        pools=_object(row.pools),
+    )
+
+
+def _decision(decision: Decision) -> dict[str, Scalar]:
+    solver = decision.solver
+    return {
+        "term": decision.term,
+        "number": decision.number,
+        "decided_at": decision.decided_at_s,
+        "level": decision.level.value,
+        "scope": decision.scope,
+        "trigger": decision.trigger,
+        "mode": decision.mode.value,
+        "reason": decision.reason.value,
+        "sentence": decision.sentence,
+        "inputs": canonical_json(decision.inputs),
+        "alternatives": canonical_json(decision.alternatives),
+        "outcome": canonical_json(decision.outcome),
+        "effects": canonical_json(decision.effects),
+        "predicted_power_w": decision.predicted_power_w,
+        "predicted_slo_margin": decision.predicted_slo_margin,
+        "solver": solver.solver if solver else None,
+        "solver_status": solver.status if solver else None,
+        "objective_w": solver.objective_w if solver else None,
+        "bound_w": solver.bound_w if solver else None,
+        "gap": solver.gap if solver else None,
+        "solve_ms": solver.solve_ms if solver else None,
+        "solver_columns": solver.columns if solver else None,
+        "parent": decision.parent,
+    }
+
+
+def _class_window(record: LoadRow | SloRow) -> dict[str, Scalar]:
+    return {
+        "term": record.term,
+        "window_start": record.window_start_s,
+        "window_s": record.window_s,
+        "model": record.model,
+        "request_class": str(record.request_class),
+    }
+
+
+def _layout_json(layout: Layout) -> list[dict[str, Any]]:
+    return [
+        {
+            "instance_id": instance.instance_id,
+            "pool": instance.pool,
+            "model": instance.model,
+            "node_id": instance.node_id,
+            "gpu_uuids": list(instance.gpu_uuids),
+        }
+        for instance in layout.instances
+    ]
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _object(text: str) -> Json:
+    value: Json = json.loads(text)
+    return value

@@ -1,0 +1,1 @@
+"""The revisions, in order: NNNN_what.py. A revision that has been released never changes."""

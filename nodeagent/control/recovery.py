@@ -1,0 +1,55 @@
+"""Finds out, at start, what an earlier agent on this node may have left behind.
+
+The answer is a journal whose entries have no leases; control/controls.py restores exactly those. Used by the daemon
+before it serves, and by the `restore` command when the daemon is dead.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from common.clock import Clock
+from common.logs import get_logger
+from nodeagent.control.journal import Intent, Journal, JournalUnreadable, dump, load
+from nodeagent.control.settings import CONTROLS, ControlKey
+from nodeagent.files import write_durably
+from nodeagent.gpu.inventory import Inventory
+
+log = get_logger(__name__)
+
+
+def recover_journal(path: Path, boot_id: str, inventory: Inventory, clock: Clock) -> Journal:
+    """The journal as left behind; with everything this agent may touch if it cannot be read."""
+    try:
+        written_in, intents = load(path)
+    except JournalUnreadable as error:
+        return _unknown(path, boot_id, inventory, clock, error)
+    if written_in and written_in != boot_id:
+        undone = [intent for intent in intents if not CONTROLS[intent.key.kind].restore_after_reboot]
+        for intent in undone:
+            log.info("undone by the reboot; left as it is", control=str(intent.key))
+        intents = [intent for intent in intents if intent not in undone]
+    return Journal(path, boot_id, intents)
+
+
+def _unknown(path: Path, boot_id: str, inventory: Inventory, clock: Clock, error: JournalUnreadable) -> Journal:
+    intents = [
+        Intent(ControlKey(worker.uuid, kind), control.fallback(worker.facts))
+        for worker in inventory.workers
+        if worker.facts is not None and not worker.facts.mig_enabled
+        for kind, control in CONTROLS.items()
+    ]
+    aside = path.with_name(f"{path.name}.unreadable-{int(clock.wall_s())}")
+    try:
+        # A second name first, the good file over it then: at no instant does the directory say "nothing to restore".
+        os.link(path, aside)
+        write_durably(path, dump(boot_id, intents))
+    except OSError as problem:
+        log.error("unreadable journal stays in place", why=str(problem))
+    log.error(
+        "journal is unreadable: restoring every control of every GPU, power limits to the driver's default",
+        why=str(error),
+        kept_as=str(aside),
+    )
+    return Journal(path, boot_id, intents)

@@ -1,0 +1,141 @@
+"""One thread per GPU: calls run in order, each under a deadline, and a GPU that hangs hurts nobody else.
+
+A call that has not begun when its deadline passes never will. One that hangs inside the driver keeps the thread; the
+GPU is then `unresponsive`, later calls fail at once, and a probe queued behind the stuck call brings it back when
+that one returns. No second thread ever touches the same GPU, so a late write cannot overtake a restore.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from nodeagent.gpu.driver import (
+    GpuDevice,
+    GpuDriver,
+    GpuError,
+    GpuFacts,
+    GpuHealth,
+    GpuLost,
+    GpuUnresponsive,
+)
+
+T = TypeVar("T")
+OPEN_DEADLINE_FACTOR = 5
+"""Opening a GPU makes a dozen driver calls where any other job makes one to eight."""
+
+
+class GpuWorker:
+    """A GPU as the rest of the agent sees it. All methods are for the event loop's thread."""
+
+    def __init__(
+        self, driver: GpuDriver, index: int, deadline_s: float, on_health: Callable[[GpuWorker], None] | None = None
+    ) -> None:
+        self.index = index
+        self.uuid = ""
+        """Empty until the GPU has answered once."""
+        self.facts: GpuFacts | None = None
+        self.health = GpuHealth.LOST
+        self.detail = "not opened yet"
+        self.generation = 0
+        """Rises whenever what was written to the GPU may have been lost; earlier writes then count as unknown."""
+        self._driver = driver
+        self._deadline_s = deadline_s
+        self._on_health = on_health
+        self._device: GpuDevice | None = None
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Future[object]] | None] = queue.SimpleQueue()
+        self._probe: asyncio.Task[None] | None = None
+        # A daemon thread: a call stuck in the kernel must not keep the process from ending.
+        threading.Thread(target=self._run, name=f"gpu-{index}", daemon=True).start()
+
+    async def open(self) -> None:
+        """First contact. Never raises: a GPU that does not answer is left unhealthy and looked for again."""
+        self.recover()
+        if self._probe is not None:
+            await asyncio.wait([self._probe], timeout=OPEN_DEADLINE_FACTOR * self._deadline_s)
+            if not self._probe.done():
+                self._set_health(GpuHealth.UNRESPONSIVE, "the driver does not answer")
+
+    async def call(self, job: Callable[[GpuDevice], T]) -> T:
+        """Runs `job` in the GPU's thread. Raises GpuError; GpuUnresponsive and GpuLost at once while it is so."""
+        if self.health is GpuHealth.UNRESPONSIVE:
+            raise GpuUnresponsive(self.detail)
+        if self.health is GpuHealth.LOST:
+            raise GpuLost(self.detail)
+        future = self._submit(lambda: job(self._opened()))
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            self._set_health(GpuHealth.UNRESPONSIVE, f"no answer from the driver within {self._deadline_s:g} s")
+            self.recover()
+            raise GpuUnresponsive(self.detail) from None
+        except GpuLost as error:
+            self._set_health(GpuHealth.LOST, str(error))
+            raise
+
+    def recover(self) -> None:
+        """Starts a probe unless the GPU is well or a probe is under way: finds it by UUID, reads its facts."""
+        if self.health is GpuHealth.OK or (self._probe is not None and not self._probe.done()):
+            return
+        self._probe = asyncio.get_running_loop().create_task(self._find())
+
+    async def refresh_facts(self) -> GpuFacts | None:
+        """The facts read anew; the last known ones when the GPU does not answer."""
+        with contextlib.suppress(GpuError):
+            self.facts = await self.call(lambda device: device.facts())
+        return self.facts
+
+    def close(self) -> None:
+        """Lets the thread end after what is queued."""
+        if self._probe is not None:
+            self._probe.cancel()
+        self._jobs.put(None)
+
+    async def _find(self) -> None:
+        def find() -> tuple[GpuDevice, GpuFacts]:
+            device = self._driver.open_uuid(self.uuid) if self.uuid else self._driver.open_index(self.index)
+            return device, device.facts()
+
+        try:
+            device, facts = await asyncio.wrap_future(self._submit(find))
+        except GpuError as error:
+            self._set_health(GpuHealth.LOST, str(error))
+            return
+        self._device, self.facts = device, facts
+        self.uuid, self.index = facts.uuid, facts.index
+        self.generation += 1
+        self._set_health(GpuHealth.OK, "")
+
+    def _opened(self) -> GpuDevice:
+        if self._device is None:
+            raise GpuLost("not opened yet")
+        return self._device
+
+    def _submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((job, future))  # type: ignore[arg-type] # one queue carries jobs of every result type
+        return future
+
+    def _set_health(self, health: GpuHealth, detail: str) -> None:
+        changed = health is not self.health
+        self.health, self.detail = health, detail
+        if changed and self._on_health is not None:
+            self._on_health(self)
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, future = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = job()
+            except BaseException as error:  # whatever a driver throws belongs to the caller, never to this thread
+                future.set_exception(error)
+            else:
+                future.set_result(result)
