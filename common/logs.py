@@ -35,4 +35,4 @@ def configure_logs(part: str, form: Literal["text", "json"] = "text", level: str
 
 def get_logger(name: str) -> Logger:
     """A logger that carries its module's name."""
-    return cast(Logger, structlog.get_logger(logger=name))
+    return cast(Logger, structlog.get_logger(module=name))

@@ -1,0 +1,1 @@
+"""Command lines: the two daemons of the control plane and the operator's `dynamollm`."""

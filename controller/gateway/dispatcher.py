@@ -126,6 +126,8 @@ class Dispatcher:
             return
         if entry.instance_id is None:
             self._waiting -= 1  # its heap entry is dropped when it reaches the head
+            if not self._waiting:
+                self._queues.clear()
         else:
             self._release(entry)
 
@@ -136,9 +138,13 @@ class Dispatcher:
         if entry.instance_id is None:
             raise KeyError(f"request {request_id} is not in flight")
         self.failed_over += 1
-        self._suspect_until_s[entry.instance_id] = now_s + self._suspect_s
+        self.suspect(entry.instance_id, now_s)
         self._release(entry)
         self._enqueue(entry)
+
+    def suspect(self, instance_id: str, now_s: float) -> None:
+        """The instance failed: it gets nothing new for a while."""
+        self._suspect_until_s[instance_id] = now_s + self._suspect_s
         self._rebuild()
 
     # --------------------------------------------------------------------------------------------- questions

@@ -8,51 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 
+from controller.domain.gpu_state import GpuState
 from controller.fleet.port import InstanceObservation, InstanceState, NodeObservation
 
-
-class GpuUse(StrEnum):
-    """What a GPU's watts went into."""
-
-    SERVING = "serving"
-    IDLE = "idle"  # an engine is ready, nothing runs
-    LOADING = "loading"
-    DRAINING = "draining"
-    ASLEEP = "asleep"
-    PARKED = "parked"  # no engine
-    QUARANTINED = "quarantined"
-
-
-_USE_OF_STATE = {
-    InstanceState.STARTING: GpuUse.LOADING,
-    InstanceState.WARMING: GpuUse.LOADING,
-    InstanceState.DRAINING: GpuUse.DRAINING,
-    InstanceState.STOPPING: GpuUse.DRAINING,
-    InstanceState.ASLEEP: GpuUse.ASLEEP,
-    InstanceState.QUARANTINED: GpuUse.QUARANTINED,
+_GPU_STATE = {
+    InstanceState.STARTING: GpuState.LOADING,
+    InstanceState.WARMING: GpuState.LOADING,
+    InstanceState.DRAINING: GpuState.DRAINING,
+    InstanceState.STOPPING: GpuState.DRAINING,
+    InstanceState.ASLEEP: GpuState.ASLEEP,
+    InstanceState.QUARANTINED: GpuState.UNKNOWN,
 }
 
 
-def use_of(instance: InstanceObservation | None) -> GpuUse:
-    """The use of the GPUs of `instance`; None means that no engine holds them."""
+def gpu_state(instance: InstanceObservation | None) -> GpuState:
+    """What the GPUs of `instance` do; None means that no engine holds them."""
     if instance is None or instance.state in (InstanceState.STOPPED, InstanceState.FAILED):
-        return GpuUse.PARKED
+        return GpuState.PARKED
     if instance.state is InstanceState.READY:
-        return GpuUse.SERVING if instance.running else GpuUse.IDLE
-    return _USE_OF_STATE[instance.state]
+        return GpuState.SERVING if instance.running else GpuState.IDLE
+    return _GPU_STATE[instance.state]
 
 
 @dataclass(frozen=True, slots=True)
 class EnergyEntry:
-    """Energy of one GPU over one span, booked on one use."""
+    """Energy of one GPU over one span, booked on one state."""
 
     node_id: str
     gpu_uuid: str
     pool: str
+    instance_id: str
     tp: int
-    use: GpuUse
+    state: GpuState
     start_s: float
     seconds: float
     energy_j: float
@@ -63,7 +51,7 @@ class EnergyEntry:
 class EnergyBook:
     """Feed it every observation; it yields what each GPU spent since the one before."""
 
-    _last: dict[str, tuple[float, float, str, int, GpuUse, int | None]] = field(default_factory=dict)
+    _last: dict[str, tuple[float, float, str, str, int, GpuState, int | None]] = field(default_factory=dict)
 
     def add(self, seen: NodeObservation) -> Iterator[EnergyEntry]:
         holder = {uuid: instance for instance in seen.instances for uuid in instance.gpu_uuids if _holds(instance)}
@@ -76,17 +64,20 @@ class EnergyBook:
                 seen.observed_at_s,
                 gpu.energy_j,
                 instance.pool if instance else "",
+                instance.instance_id if instance else "",
                 instance.tp if instance else 0,
-                use_of(instance),
+                gpu_state(instance),
                 gpu.sm_mhz,
             )
             if before is None:
                 continue
-            start_s, energy_j, pool, tp, use, sm_mhz = before
+            start_s, energy_j, pool, instance_id, tp, state, sm_mhz = before
             seconds = seen.observed_at_s - start_s
             if seconds > 0 and gpu.energy_j >= energy_j:
                 spent_j = gpu.energy_j - energy_j
-                yield EnergyEntry(seen.node_id, gpu.uuid, pool, tp, use, start_s, seconds, spent_j, sm_mhz)
+                yield EnergyEntry(
+                    seen.node_id, gpu.uuid, pool, instance_id, tp, state, start_s, seconds, spent_j, sm_mhz
+                )
 
 
 def _holds(instance: InstanceObservation) -> bool:

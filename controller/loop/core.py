@@ -6,12 +6,9 @@ whatever takes time is an effect whose result comes back as an `EffectDone` even
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from controller.domain.decision import Decision
-from controller.domain.layout import Layout, PlannedInstance
 from controller.domain.reasons import Level, Mode
 from controller.fleet.port import (
     Effect,
@@ -32,6 +29,7 @@ from controller.loop.state import Instant, PoolPlan, State, Turn
 from controller.policy.milp.columns import build_columns
 from controller.profile.fit import fit
 from controller.profile.table import Profile
+from controller.store.records import PlanRecord
 
 # How long the windows of load are kept, in cluster epochs.
 _KEEP_EPOCHS = 2
@@ -56,9 +54,9 @@ class Core:
         term: int,
         expected_nodes: int,
         mode: Mode = Mode.ACTIVE,
-        plan: Mapping[str, Any] | None = None,
+        plan: PlanRecord | None = None,
     ) -> None:
-        """`plan` is the newest recorded decision's `outcome["plan"]`: a restarted controller carries on from it."""
+        """`plan` is the one recorded last: a restarted controller carries on from it."""
         curves = fit(profile)
         knobs = settings.knobs
         columns = tuple(
@@ -102,7 +100,8 @@ class Core:
             # Advisory decides and records but touches nothing; gateways still need to know what is there.
             effects = [effect for effect in effects if isinstance(effect, Solve | PublishRouting)]
             state.acting.clear()
-        return Step(tuple(turn.decisions), tuple(effects))
+        ids = tuple(effect.effect_id for effect in effects)
+        return Step(tuple(replace(decision, effects=ids) for decision in turn.decisions), tuple(effects))
 
     def _tick(self, turn: Turn, level: Level) -> None:
         state = turn.state
@@ -175,12 +174,12 @@ def _states(node: NodeObservation | None) -> dict[str, InstanceState]:
     return {observed.instance_id: observed.state for observed in node.instances} if node else {}
 
 
-def _restore(state: State, plan: Mapping[str, Any]) -> None:
-    """Takes up a recorded plan. Pools that the profile does not know are left out: the next tick plans anew."""
+def _restore(state: State, plan: PlanRecord) -> None:
+    """Takes up a recorded plan. One with pools that the profile does not know is left: the first tick plans anew."""
     known = {group.name for group in state.profile.groups}
-    if not set(plan["pools"]) <= known:
+    if not set(plan.pools) <= known:
         return
-    for name, item in plan["pools"].items():
+    for name, item in plan.pools.items():
         state.pools[name] = PoolPlan(
             group=state.profile.group(name),
             granted_gpus=item["granted_gpus"],
@@ -189,10 +188,5 @@ def _restore(state: State, plan: Mapping[str, Any]) -> None:
             decided_by=0,
             decided_at_s=float("-inf"),
         )
-    state.layout = Layout(
-        tuple(
-            PlannedInstance(item["instance_id"], item["pool"], item["model"], item["node_id"], tuple(item["gpu_uuids"]))
-            for item in plan["instances"]
-        )
-    )
-    state.routed_as = {wanted.instance_id: wanted.pool for wanted in state.layout.instances}
+    state.layout = plan.layout
+    state.routed_as = {wanted.instance_id: wanted.pool for wanted in plan.layout.instances}

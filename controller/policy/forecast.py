@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import copysign, isfinite, sqrt
+from typing import NamedTuple
 
 from scipy.special import ndtri
 
@@ -49,48 +50,56 @@ def forecast(
 ) -> RateForecast | None:
     """The rate over the next `horizon_s`; None when no usable window exists (unknown is not zero).
 
-    Weighted least squares of a line through the windows' rates, weights halving with age: its value now is the
-    level, its slope the trend. A horizon is provisioned by the mean of its worse half when the trend rises and by
-    the level when it falls: capacity must be there early and leaves late.
+    A line is fitted through the windows' rates, newer ones weighing more: its value now is the level, its slope the
+    trend. The mean is that of the horizon's second half when the trend rises, and the level when it falls: capacity
+    comes early and leaves late. The deviation holds the arrivals' own noise and that of the estimate.
     """
     settings = settings or ForecastSettings()
     usable = [w for w in windows if _usable(w, now_s, settings)]
     if not usable:
         return None
-    weights = [w.seconds * 0.5 ** (_age_s(w, now_s) / settings.half_life_s) for w in usable]
-    rates = [w.count / w.seconds for w in usable]
-    total = sum(weights)
-    mean_rate = sum(k * r for k, r in zip(weights, rates, strict=True)) / total
-    mean_age = sum(k * _age_s(w, now_s) for k, w in zip(weights, usable, strict=True)) / total
-    spread = sum(k * (_age_s(w, now_s) - mean_age) ** 2 for k, w in zip(weights, usable, strict=True))
-    dispersion = _dispersion(usable, rates, weights, mean_rate)
-    slope, slope_std = 0.0, 0.0
-    if len(usable) >= 3 and spread > 0:
-        slope = (
-            -sum(
-                k * (_age_s(w, now_s) - mean_age) * (r - mean_rate)
-                for k, w, r in zip(weights, usable, rates, strict=True)
-            )
-            / spread
-        )
-        # Var(count / seconds) = dispersion * rate / seconds, and a weight is seconds times its fading.
-        noise = sum(
-            (k * (_age_s(w, now_s) - mean_age)) ** 2 * dispersion * mean_rate / w.seconds
-            for k, w in zip(weights, usable, strict=True)
-        )
-        slope_std = sqrt(noise) / spread
-    # A slope within its own noise is no trend: only the part beyond one standard deviation is believed.
-    trend = max(0.0, abs(slope) - slope_std) * (1.0 if slope > 0 else -1.0)
-    level = max(0.0, mean_rate + trend * mean_age)
+    line = _fit_line(usable, now_s, settings.half_life_s)
+    level = max(0.0, line.rate_now)
+    # Far ahead a line is a guess: the trend moves the level by a bounded share of it.
     bound = settings.max_trend_ratio * level
-    ahead = max(-bound, min(bound, trend * horizon_s))
-    mean = max(0.0, level + (0.75 * ahead if ahead > 0 else 0.0))
+    ahead = max(-bound, min(bound, line.trend * horizon_s))
+    mean = level + max(0.0, 0.75 * ahead)
+    # No arrival seen is no proof of none to come: a rate below one per observed span cannot be told from zero.
     observed = sum(w.seconds for w in usable)
-    effective = total * total / sum(k * k / w.seconds for k, w in zip(weights, usable, strict=True))
-    # No arrival seen is not proof of none to come: a rate below one per observed span cannot be told from it.
-    least = max(mean, 1.0 / observed)
-    variance = dispersion * least * (1.0 / min(settings.sustained_s, horizon_s) + 1.0 / effective)
-    return RateForecast(mean, sqrt(variance), level, trend, dispersion, observed)
+    noise = line.dispersion * max(mean, 1.0 / observed)
+    sustained_s = max(1.0, min(settings.sustained_s, horizon_s))
+    variance = noise / sustained_s + noise / line.effective_s
+    return RateForecast(mean, sqrt(variance), level, line.trend, line.dispersion, observed)
+
+
+class _Line(NamedTuple):
+    rate_now: float
+    trend: float  # per second, the part beyond its own noise
+    dispersion: float
+    effective_s: float  # seconds of even observation that would know the mean as well
+
+
+def _fit_line(windows: Sequence[LoadWindow], now_s: float, half_life_s: float) -> _Line:
+    """Least squares through the windows' rates; a window weighs its seconds, halved every `half_life_s` of age."""
+    ages = [now_s - w.end_s + w.seconds / 2 for w in windows]
+    rates = [w.count / w.seconds for w in windows]
+    weights = [w.seconds * 0.5 ** (age / half_life_s) for w, age in zip(windows, ages, strict=True)]
+    rows = list(zip(weights, ages, rates, (w.seconds for w in windows), strict=True))
+    total = sum(weights)
+    mean_rate = sum(k * r for k, _, r, _ in rows) / total
+    mean_age = sum(k * age for k, age, _, _ in rows) / total
+    effective_s = total * total / sum(k * k / seconds for k, _, _, seconds in rows)
+    spread = sum(k * (age - mean_age) ** 2 for k, age, _, _ in rows)
+    if len(rows) < 3 or spread <= 0 or mean_rate <= 0:
+        return _Line(mean_rate, 0.0, 1.0, effective_s)
+    slope = -sum(k * (age - mean_age) * (r - mean_rate) for k, age, r, _ in rows) / spread
+    # Variance over mean of counts around the line; at least 1 (Poisson), since few windows show too little of it.
+    squares = sum(k * seconds * (r - mean_rate + slope * (age - mean_age)) ** 2 for k, age, r, seconds in rows)
+    dispersion = max(1.0, squares / (total * mean_rate) * len(rows) / (len(rows) - 2))
+    # Var(rate of a window) = dispersion * rate / seconds, carried through the sum that makes the slope.
+    slope_variance = sum((k * (age - mean_age)) ** 2 * dispersion * mean_rate / s for k, age, _, s in rows)
+    trend = copysign(max(0.0, abs(slope) - sqrt(slope_variance) / spread), slope)
+    return _Line(mean_rate + trend * mean_age, trend, dispersion, effective_s)
 
 
 def combine(parts: Iterable[tuple[float, RateForecast]], quantile: float) -> float:
@@ -114,19 +123,3 @@ def _usable(window: LoadWindow, now_s: float, settings: ForecastSettings) -> boo
         and window.count >= 0
         and 0 <= now_s - window.end_s <= settings.max_age_s
     )
-
-
-def _age_s(window: LoadWindow, now_s: float) -> float:
-    """Age of the window's middle."""
-    return now_s - window.end_s + window.seconds / 2
-
-
-def _dispersion(
-    windows: Sequence[LoadWindow], rates: Sequence[float], weights: Sequence[float], mean_rate: float
-) -> float:
-    """Variance over mean of counts around the mean rate; at least 1 (Poisson), since few windows show too little."""
-    if len(windows) < 3 or mean_rate <= 0:
-        return 1.0
-    total = sum(weights)
-    squares = sum(k * w.seconds * (r - mean_rate) ** 2 for k, w, r in zip(weights, windows, rates, strict=True))
-    return max(1.0, squares / (total * mean_rate) * len(windows) / (len(windows) - 1))

@@ -6,10 +6,14 @@ changes its pool without a restart), places the rest on aligned GPU groups, free
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from controller.domain.layout import Layout, Node
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from controller.domain.layout import Layout, Node, PlannedInstance
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,4 +60,192 @@ def place(
     `current` is the layout wanted so far: of it, instances that hold no GPU yet keep their place where it still fits,
     so that repeating the call changes nothing. No GPU has two owners in the result; unusable GPUs have none.
     """
-    raise NotImplementedError
+    groups = _Groups(nodes)
+    wanted = {key: n for key, n in counts.items() if n > 0}
+    staying = _candidates(current, held, groups)
+    need = _by_tp(wanted)
+    taken: set[str] = set()
+    chosen: list[PlannedInstance] = []
+    kept: list[str] = []
+    relabelled: list[str] = []
+    started: list[str] = []
+    missing: dict[tuple[str, int], int] = {}
+    # Widest first: a wide group is the hardest to find, narrow ones fit into what is left.
+    for tp in sorted(need, reverse=True):
+        mine = [c for c in staying if c.tp == tp and taken.isdisjoint(c.gpu_uuids)]
+        slots = [pool for (pool, t), n in sorted(wanted.items()) if t == tp for _ in range(n)]
+        assigned = _assign(mine, slots)
+        for i, candidate in assigned.items():
+            chosen.append(
+                PlannedInstance(candidate.instance_id, slots[i], model, candidate.node_id, candidate.gpu_uuids)
+            )
+            taken.update(candidate.gpu_uuids)
+            if candidate.held:
+                kept.append(candidate.instance_id)
+                if candidate.pool != slots[i]:
+                    relabelled.append(candidate.instance_id)
+            else:
+                started.append(candidate.instance_id)
+        for pool in _interleaved([slots[i] for i in range(len(slots)) if i not in assigned]):
+            spot = _best_spot(groups, tp, pool, taken, _burdens(held, staying, need, taken, tp), chosen)
+            if spot is None:
+                missing[pool, tp] = missing.get((pool, tp), 0) + 1
+                continue
+            node_id, gpu_uuids = spot
+            instance = PlannedInstance(new_id(), pool, model, node_id, gpu_uuids)
+            chosen.append(instance)
+            taken.update(gpu_uuids)
+            started.append(instance.instance_id)
+    layout = Layout(tuple(sorted(chosen, key=lambda i: i.instance_id)))
+    return Placed(layout, missing, tuple(sorted(kept)), tuple(sorted(relabelled)), tuple(sorted(started)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """An instance that could stay where it is: held, or planned there and not started yet."""
+
+    instance_id: str
+    pool: str
+    node_id: str
+    gpu_uuids: tuple[str, ...]
+    held: bool
+
+    @property
+    def tp(self) -> int:
+        return len(self.gpu_uuids)
+
+
+class _Groups:
+    """The usable aligned GPU groups of the nodes, by width."""
+
+    def __init__(self, nodes: tuple[Node, ...]) -> None:
+        self.node_of: dict[str, str] = {}
+        self._slots: list[tuple[str, dict[int, str]]] = []
+        for node in sorted(nodes, key=lambda n: n.node_id):
+            slots = {gpu.slot: gpu.uuid for gpu in node.gpus if gpu.usable}
+            self._slots.append((node.node_id, slots))
+            self.node_of.update(dict.fromkeys(slots.values(), node.node_id))
+        self._by_tp: dict[int, list[tuple[str, tuple[str, ...]]]] = {}
+
+    def of(self, tp: int) -> list[tuple[str, tuple[str, ...]]]:
+        """(node, GPUs) of every group of `tp` that starts at a multiple of `tp`."""
+        if tp not in self._by_tp:
+            found = []
+            for node_id, slots in self._slots:
+                for first in range(0, max(slots, default=-1) + 1, tp):
+                    group = [slots.get(first + i) for i in range(tp)]
+                    if None not in group:
+                        found.append((node_id, tuple(uuid for uuid in group if uuid is not None)))
+            self._by_tp[tp] = found
+        return self._by_tp[tp]
+
+
+def _candidates(current: Layout, held: tuple[HeldInstance, ...], groups: _Groups) -> list[_Candidate]:
+    """Whatever could stay. A GPU that became unusable or left takes its instance with it. A planned instance may lie
+    over held ones of another tp, which leave for it: the wider kind, looked at first, decides."""
+    holders = {h.instance_id for h in held}
+    keepable = [_Candidate(h.instance_id, h.pool, h.node_id, h.gpu_uuids, held=True) for h in held if h.keep]
+    planned = [
+        _Candidate(p.instance_id, p.pool, p.node_id, p.gpu_uuids, held=False)
+        for p in current.instances
+        if p.instance_id not in holders
+    ]
+    found: list[_Candidate] = []
+    # Of two that claim one GPU within a kind only the first counts: two owners are a fault not to be carried on.
+    claimed: set[tuple[int, str]] = set()
+    owned: set[str] = set()
+    for candidate in (*sorted(keepable, key=_by_id), *sorted(planned, key=_by_id)):
+        uuids = candidate.gpu_uuids
+        mine = {(candidate.tp, uuid) for uuid in uuids}
+        on_node = all(groups.node_of.get(uuid) == candidate.node_id for uuid in uuids)
+        if uuids and on_node and claimed.isdisjoint(mine) and not (candidate.held and not owned.isdisjoint(uuids)):
+            found.append(candidate)
+            claimed |= mine
+            owned.update(uuids if candidate.held else ())
+    return found
+
+
+def _by_id(candidate: _Candidate) -> str:
+    return candidate.instance_id
+
+
+def _by_tp(counts: Mapping[tuple[str, int], int]) -> Counter[int]:
+    total: Counter[int] = Counter()
+    for (_, tp), n in counts.items():
+        total[tp] += n
+    return total
+
+
+# Costs of giving a candidate a wanted place. A new pool label is cheap, but not free: it moves load. A place that is
+# only planned yields to an instance that exists. Crowding, a tie-break, lets the fuller node lose an instance first.
+_RELABEL = 1.0
+_NOT_STARTED = 10.0
+_CROWDED = 0.001
+
+
+def _assign(candidates: list[_Candidate], slots: list[str]) -> dict[int, _Candidate]:
+    """Which candidate takes which wanted place (index into `slots`, a pool each): the assignment of least cost."""
+    if not candidates or not slots:
+        return {}
+    cost = np.zeros((len(candidates), len(slots)))
+    seen: Counter[tuple[str, str]] = Counter()
+    for row, candidate in enumerate(candidates):
+        crowd = seen[candidate.pool, candidate.node_id]
+        seen[candidate.pool, candidate.node_id] += 1
+        for column, pool in enumerate(slots):
+            cost[row, column] = (
+                (0.0 if candidate.pool == pool else _RELABEL)
+                + (0.0 if candidate.held else _NOT_STARTED)
+                + _CROWDED * crowd
+            )
+    rows, columns = linear_sum_assignment(cost)
+    return {int(column): candidates[int(row)] for row, column in zip(rows, columns, strict=True)}
+
+
+def _interleaved(pools: list[str]) -> list[str]:
+    """Pools take turns, so that where not all fits none is left out."""
+    seen: Counter[str] = Counter()
+    ranked = []
+    for pool in pools:
+        ranked.append((seen[pool], pool))
+        seen[pool] += 1
+    return [pool for _, pool in sorted(ranked)]
+
+
+# What one GPU of a spot costs a new instance: 0 free, _FREED held by an instance that leaves (a drain to wait for),
+# _DISPLACED held by one that would else stay (a restart for nothing).
+_FREED = 1.0
+_DISPLACED = 10.0
+
+
+def _burdens(
+    held: tuple[HeldInstance, ...], staying: list[_Candidate], need: Counter[int], taken: set[str], tp: int
+) -> dict[str, float]:
+    """Cost of every GPU that is not simply free, for a new instance of `tp`."""
+    burdens = {uuid: _FREED for instance in held for uuid in instance.gpu_uuids}
+    for narrower in sorted(t for t in need if t < tp):
+        there = [c for c in staying if c.tp == narrower and taken.isdisjoint(c.gpu_uuids)]
+        if len(there) <= need[narrower]:  # none is to leave
+            burdens.update({uuid: _DISPLACED for c in there for uuid in c.gpu_uuids})
+    return burdens
+
+
+def _best_spot(
+    groups: _Groups,
+    tp: int,
+    pool: str,
+    taken: set[str],
+    burdens: Mapping[str, float],
+    chosen: list[PlannedInstance],
+) -> tuple[str, tuple[str, ...]] | None:
+    """Least burden first, then the node with fewest instances of the pool, then the fullest node."""
+    of_pool = Counter(i.node_id for i in chosen if i.pool == pool)
+    load: Counter[str] = Counter()
+    for instance in chosen:
+        load[instance.node_id] += instance.tp
+    spots = [
+        ((sum(burdens.get(u, 0.0) for u in uuids), of_pool[node_id], -load[node_id], number), (node_id, uuids))
+        for number, (node_id, uuids) in enumerate(groups.of(tp))
+        if taken.isdisjoint(uuids)
+    ]
+    return min(spots)[1] if spots else None

@@ -6,8 +6,10 @@ virtual fleet call the same function): filter (ready, room) -> score (weighted i
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import ceil
 
 from controller.domain.classes import ClassGroup, RequestClass
 from controller.fleet.port import RoutedInstance, RoutedPool
@@ -25,27 +27,99 @@ class RoutableInstance:
     accepts_new: bool
 
 
+# In-flight requests that an instance takes beyond the P99 of its batch at the knee: the gateway holds the rest, where
+# it can still go elsewhere.
+IN_FLIGHT_HEADROOM = 1.25
+# Of an instance that no profile knows: room for one batch of a small kernel size per GPU.
+UNPROFILED_IN_FLIGHT_PER_GPU = 8
+
+
 def routed_pools(
-    fit: ProfileFit, model: str, groups: Iterable[ClassGroup], instances: Iterable[RoutableInstance]
+    fit: ProfileFit | None, model: str, groups: Iterable[ClassGroup], instances: Iterable[RoutableInstance]
 ) -> tuple[RoutedPool, ...]:
-    """The pools of a routing table, by name; instances by id. A group without instances is still listed."""
-    raise NotImplementedError
+    """The pools of a routing table, by name; instances by id. A group without instances is still listed. Without a
+    profile instances weigh by their GPUs."""
+    members: dict[str, list[RoutableInstance]] = defaultdict(list)
+    for instance in instances:
+        members[instance.pool].append(instance)
+    return tuple(
+        RoutedPool(
+            name=group.name,
+            model=model,
+            classes=group.classes,
+            instances=tuple(_routed(fit, i) for i in sorted(members[group.name], key=lambda i: i.instance_id)),
+        )
+        for group in sorted(groups, key=lambda g: g.name)
+    )
+
+
+def _routed(fit: ProfileFit | None, instance: RoutableInstance) -> RoutedInstance:
+    return RoutedInstance(
+        instance_id=instance.instance_id,
+        endpoint=instance.endpoint,
+        tp=instance.tp,
+        max_in_flight=max_in_flight(fit, instance.pool, instance.tp),
+        weight=weight(fit, instance.pool, instance.tp),
+        accepts_new=instance.accepts_new,
+    )
+
+
+def weight(fit: ProfileFit | None, pool: str, tp: int) -> float:
+    """Share of a pool's load that an instance takes: its largest load in SLO. What is not profiled weighs its GPUs,
+    what is never in SLO next to nothing, since a pool may consist of it alone."""
+    if fit is None or not fit.clocks(pool, tp):
+        return float(tp)
+    return max(fit.max_rate_rps(pool, tp), 1e-3)
+
+
+def max_in_flight(fit: ProfileFit | None, pool: str, tp: int) -> int:
+    """Requests that an instance may hold at once, from the P99 of its batch at the largest load in SLO."""
+    curves = fit.clocks(pool, tp) if fit is not None else ()
+    if not curves:
+        return UNPROFILED_IN_FLIGHT_PER_GPU * tp
+    curve = curves[-1]
+    running = curve.running_p99(curve.max_rate_rps) or 0.0
+    return max(1, ceil(running * IN_FLIGHT_HEADROOM))
 
 
 def pools_for(pools: Iterable[RoutedPool], request_class: RequestClass) -> tuple[RoutedPool, ...]:
     """The pools that may serve a class, in order of preference: its own first (the most specific one), then those
     that dominate it, the smallest first. Never a pool that does not dominate it."""
-    raise NotImplementedError
+    ranked = []
+    for pool in pools:
+        larger = [_size(c) for c in pool.classes if c.dominates(request_class)]
+        if larger:
+            own = request_class in pool.classes
+            ranked.append(((not own, min(larger), len(pool.classes), pool.name), pool))
+    return tuple(pool for _, pool in sorted(ranked, key=lambda item: item[0]))
+
+
+def _size(request_class: RequestClass) -> int:
+    return request_class.input.rank + request_class.output.rank
 
 
 def pick(pool: RoutedPool, in_flight: Mapping[str, int]) -> RoutedInstance | None:
     """The instance with the least in-flight requests per weight that accepts new ones and has room; None when there
     is none."""
-    raise NotImplementedError
+    best: RoutedInstance | None = None
+    best_score = 0.0
+    for instance in pool.instances:
+        held = in_flight.get(instance.instance_id, 0)
+        if not instance.accepts_new or held >= instance.max_in_flight:
+            continue
+        # With this request counted, so that of two empty instances the larger is taken.
+        score = (held + 1) / instance.weight
+        if best is None or (score, instance.instance_id) < (best_score, best.instance_id):
+            best, best_score = instance, score
+    return best
 
 
 def route(
     pools: Iterable[RoutedPool], request_class: RequestClass, in_flight: Mapping[str, int]
 ) -> tuple[RoutedPool, RoutedInstance] | None:
     """Pool and instance for one request now; None when it must wait."""
-    raise NotImplementedError
+    for pool in pools_for(pools, request_class):
+        instance = pick(pool, in_flight)
+        if instance is not None:
+            return pool, instance
+    return None

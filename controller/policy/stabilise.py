@@ -6,8 +6,10 @@ needs it, or when the lower bound of its saving over the horizon exceeds the upp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 
 from controller.domain.reasons import Reason
 from controller.profile.fit import ProfileFit
@@ -44,8 +46,47 @@ def price(fit: ProfileFit, counts: Counts, demand_rps: Mapping[str, float], gpus
     """Prices `counts` of instances by (pool, tp) under a demand in equivalent requests/s by pool.
 
     `demand_rps` is by the pools of this layout's own partition, so two partitions are priced each with its own.
+    Instances share their pool's load by capacity, as routing does.
     """
-    raise NotImplementedError
+    capacity: dict[str, float] = {}
+    for (pool, tp), n in counts.items():
+        capacity[pool] = capacity.get(pool, 0.0) + n * fit.max_rate_rps(pool, tp)
+    ratios = {pool: _ratio(rate, capacity.get(pool, 0.0)) for pool, rate in demand_rps.items()}
+    power_w = fit.parked_w * max(0, gpus - sum(n * tp for (_, tp), n in counts.items()))
+    for (pool, tp), n in counts.items():
+        power_w += n * _instance_power_w(fit, pool, tp, min(1.0, ratios.get(pool, 0.0)))
+    worst = max(ratios.values(), default=0.0)
+    return LayoutPrice(power_w, worst <= 1.0 + 1e-9, worst)
+
+
+def _ratio(rate_rps: float, capacity_rps: float) -> float:
+    if rate_rps <= 0:
+        return 0.0
+    return rate_rps / capacity_rps if capacity_rps > 0 else inf
+
+
+def _instance_power_w(fit: ProfileFit, pool: str, tp: int, load_ratio: float) -> float:
+    """Least power over clocks at that share of the instance's capacity. One without any clock in SLO is priced by
+    its heaviest measured load, one that was never measured as parked: nothing is known of it."""
+    curves = fit.clocks(pool, tp)
+    rate = load_ratio * fit.max_rate_rps(pool, tp)
+    powers = [p for c in curves if c.max_rate_rps >= rate and (p := c.power_w(rate)) is not None and c.max_rate_rps > 0]
+    if powers:
+        return min(powers)
+    return curves[-1].powers_w[-1] if curves else fit.parked_w * tp
+
+
+def starts_needed(present: Counts, candidate: Counts) -> dict[int, int]:
+    """Instances to start, by tp: an instance of the same tp changes its pool without a restart."""
+    there, wanted = _by_tp(present), _by_tp(candidate)
+    return {tp: n - there[tp] for tp, n in sorted(wanted.items()) if n > there[tp]}
+
+
+def _by_tp(counts: Counts) -> Counter[int]:
+    total: Counter[int] = Counter()
+    for (_, tp), n in counts.items():
+        total[tp] += n
+    return total
 
 
 def judge(
@@ -60,7 +101,43 @@ def judge(
 ) -> Verdict:
     """Accepts or rejects a switch from `present` to `candidate`.
 
-    `started` counts the instances by tp that would have to be started; `since_change_s` is None before any change;
-    `pending` is True while a transition is under way.
+    `started` counts the instances by tp that would have to be started (`starts_needed`); `since_change_s` is None
+    before any change; `pending` is True while a transition is under way.
     """
-    raise NotImplementedError
+    settings = settings or StabiliseSettings()
+    saving_w = present.power_w - candidate.power_w
+    saving_j = saving_w * horizon_s * settings.saving_confidence
+    cost_j = sum(n * start_j.get(tp, 0.0) for tp, n in started.items()) * settings.cost_factor
+
+    def verdict(accept: bool, reason: Reason, sentence: str) -> Verdict:
+        return Verdict(accept, reason, sentence, saving_j, cost_j)
+
+    if not present.carries:
+        if candidate.load_ratio < present.load_ratio:
+            reason = Reason.CAPACITY_NEEDED if candidate.carries else Reason.NO_CAPACITY
+            return verdict(True, reason, f"The present layout carries {_percent(present)} of the demand.")
+        return verdict(False, Reason.NO_CAPACITY, "No layout carries more than the present one.")
+    if not candidate.carries:
+        return verdict(False, Reason.PLAN_KEPT, f"The candidate carries only {_percent(candidate)} of the demand.")
+    if saving_w <= 0:
+        return verdict(False, Reason.PLAN_KEPT, "The present layout is still the best.")
+    if pending:
+        return verdict(False, Reason.TRANSITION_PENDING, f"{saving_w:.0f} W could be saved once the transition ends.")
+    if since_change_s is not None and since_change_s < settings.dwell_s:
+        return verdict(
+            False,
+            Reason.SAVING_TOO_SMALL,
+            f"{saving_w:.0f} W could be saved; the last change was {since_change_s:.0f} s ago, "
+            f"the next may come after {settings.dwell_s:.0f} s.",
+        )
+    if saving_j <= cost_j:
+        return verdict(
+            False, Reason.SAVING_TOO_SMALL, f"Saves at least {saving_j:.0f} J, switching costs up to {cost_j:.0f} J."
+        )
+    return verdict(
+        True, Reason.FORECAST_CHANGED, f"Saves at least {saving_j:.0f} J, switching costs at most {cost_j:.0f} J."
+    )
+
+
+def _percent(layout: LayoutPrice) -> str:
+    return "none" if layout.load_ratio == inf else f"{1 / layout.load_ratio:.0%}"

@@ -7,14 +7,15 @@ unless no GPU is free. A change of pool label counts as a step, since it takes c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from controller.domain.classes import RequestClass
-from controller.domain.layout import Layout
+from controller.domain.layout import Layout, PlannedInstance
 from controller.domain.reasons import StepReason
-from controller.fleet.port import InstanceState
+from controller.fleet.port import HOLDS_GPUS, InstanceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,13 @@ class TransitionSettings:
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """`done` when nothing differs. `given_up` are wanted instances that will not start where they are planned:
-    their place must be planned anew."""
+    """`done` when what is there is what is wanted. `given_up` are wanted instances that will not start where they
+    are planned: plan their place anew. `stuck` when no step is possible without dropping demand: declare the shortfall
+    acceptable or plan another layout."""
 
     steps: tuple[Step, ...]
     done: bool
+    stuck: bool
     given_up: tuple[str, ...]
     shortfall_rps: float  # demand that serving instances do not carry now
 
@@ -96,9 +99,240 @@ def next_steps(
     `allow_shortfall` declares the wanted layout the best possible: then, when nothing can grow because no GPU is
     free, the instance whose loss hurts least goes first even if demand is not carried meanwhile.
     """
-    raise NotImplementedError
+    settings = settings or TransitionSettings()
+    plan = {i.instance_id: i for i in sorted(wanted.instances, key=lambda i: i.instance_id)}
+    there = sorted(actual, key=lambda i: i.instance_id)
+    serving = {i.instance_id: (i.pool, i.tp) for i in there if i.state is InstanceState.READY}
+    short_rps = shortfall_rps(serving.values(), capacity)
+
+    growing, given_up = _grow(plan, there, usable_gpus, settings)
+    leaving = [step for i in there if (step := _leave(i, plan.get(i.instance_id))) is not None]
+    changes = _label_changes(plan, there) + _drains(plan, there, growing)
+    taken, held_back = _take(changes, serving, capacity, _draining(there), settings)
+    steps = [*growing, *leaving, *taken]
+
+    moving = any(s.kind is not StepKind.WAIT or s.reason in _UNDER_WAY for s in steps)
+    stuck = bool(held_back) and not moving
+    if stuck:
+        forced = _smallest_break(held_back, plan, serving, capacity, allow_shortfall)
+        if forced is not None:
+            steps.append(forced)
+            held_back = [c for c in held_back if c.instance_id != forced.instance_id]
+            stuck = False
+    steps += [_held_back(change, stuck) for change in held_back]
+    return Transition(
+        steps=tuple(steps),
+        done=not steps,
+        stuck=stuck,
+        given_up=given_up,
+        shortfall_rps=short_rps,
+    )
 
 
-def shortfall_rps(serving: tuple[tuple[str, int], ...], capacity: CapacityModel) -> float:
-    """Requests/s of demand that instances (pool, tp) cannot carry within the SLO; 0 when all is carried."""
-    raise NotImplementedError
+# Waiting for these ends by itself.
+_UNDER_WAY = (StepReason.WAITING_FOR_READY, StepReason.WAITING_FOR_DRAIN)
+
+
+def shortfall_rps(serving: Iterable[tuple[str, int]], capacity: CapacityModel) -> float:
+    """Requests/s of demand that instances (pool, tp) cannot carry within the SLO; 0 when all is carried.
+
+    Classes with the fewest pools are filled first, each from its most special pool on: with pools that are nested
+    or apart (as partitions are) no other order carries more.
+    """
+    left: dict[str, float] = {}
+    for pool, tp in serving:
+        left[pool] = left.get(pool, 0.0) + capacity.max_rate_rps.get((pool, tp), 0.0)
+    breadth = Counter(pool for pool, _ in capacity.work)
+    choices = {c: sorted((breadth[p], p) for p in left if (p, c) in capacity.work) for c in capacity.rates_rps}
+    missing = 0.0
+    for request_class in sorted(choices, key=lambda c: (len(choices[c]), c)):
+        rate = max(0.0, capacity.rates_rps[request_class])
+        for _, pool in choices[request_class]:
+            weight = capacity.work[pool, request_class]
+            carried = min(rate, left[pool] / weight) if weight > 0 else rate
+            left[pool] -= carried * weight
+            rate -= carried
+        missing += rate
+    return missing if missing > 1e-9 else 0.0
+
+
+def _covered(serving: Iterable[tuple[str, int]], capacity: CapacityModel) -> set[RequestClass]:
+    """Classes that some serving instance is meant for: one without load now may have some the next second."""
+    pools = {pool for pool, _ in serving}
+    return {request_class for pool, request_class in capacity.work if pool in pools}
+
+
+# ------------------------------------------------------------------------------------------- what comes up
+
+
+def _grow(
+    plan: Mapping[str, PlannedInstance],
+    there: list[ActualInstance],
+    usable_gpus: frozenset[str],
+    settings: TransitionSettings,
+) -> tuple[list[Step], tuple[str, ...]]:
+    """Starts of wanted instances whose GPUs are free, and what the others wait for."""
+    found = {i.instance_id: i for i in there}
+    owners = {uuid: i.instance_id for i in there if i.state in HOLDS_GPUS for uuid in i.gpu_uuids}
+    steps: list[Step] = []
+    given_up: list[str] = []
+    for planned in plan.values():
+        instance = found.get(planned.instance_id)
+        state = instance.state if instance is not None else InstanceState.STOPPED
+        if state in (InstanceState.STARTING, InstanceState.WARMING):
+            steps.append(_planned(StepKind.WAIT, planned, StepReason.WAITING_FOR_READY, f"is {state.value}"))
+        if state in HOLDS_GPUS and state is not InstanceState.QUARANTINED:
+            continue
+        attempts = instance.attempts if instance is not None else 0
+        bad = sorted(set(planned.gpu_uuids) - usable_gpus)
+        busy = sorted({owners[u] for u in planned.gpu_uuids if u in owners})
+        if state is InstanceState.QUARANTINED or bad:
+            given_up.append(planned.instance_id)
+            why = f"GPU {bad[0]} is not usable" if bad else "is quarantined"
+            steps.append(_planned(StepKind.WAIT, planned, StepReason.LOST, f"{why}: plan its place anew"))
+        elif attempts >= settings.max_attempts:
+            given_up.append(planned.instance_id)
+            steps.append(
+                _planned(StepKind.WAIT, planned, StepReason.LOST, f"failed {attempts} starts: plan its place anew")
+            )
+        elif busy:
+            steps.append(
+                _planned(StepKind.WAIT, planned, StepReason.WAITING_FOR_GPU, f"waits for the GPUs of {busy[0]}")
+            )
+        else:
+            owners.update(dict.fromkeys(planned.gpu_uuids, planned.instance_id))
+            reason = StepReason.LOST if attempts else StepReason.GROW
+            again = f" again, attempt {attempts + 1}" if attempts else ""
+            steps.append(_planned(StepKind.START, planned, reason, f"starts{again}"))
+    return steps, tuple(given_up)
+
+
+def _planned(kind: StepKind, planned: PlannedInstance, reason: StepReason, what: str) -> Step:
+    sentence = f"{planned.instance_id} (pool {planned.pool}, TP{planned.tp}) {what}."
+    return Step(kind, planned.instance_id, planned.node_id, planned.pool, planned.gpu_uuids, reason, sentence)
+
+
+# ----------------------------------------------------------------------------------------- what goes down
+
+
+def _leave(instance: ActualInstance, planned: PlannedInstance | None) -> Step | None:
+    """The step of an instance that serves nothing new any more, or never has; None for any other."""
+    match instance.state:
+        case InstanceState.DRAINING:
+            # A drain cannot be taken back: a wanted one goes too and is started again.
+            if instance.running == 0 and instance.waiting == 0:
+                return _actual(StepKind.STOP, instance, StepReason.RETIRE, "is empty and stops")
+            left = "an unknown number of" if instance.running is None else f"{instance.running:.0f}"
+            return _actual(StepKind.WAIT, instance, StepReason.WAITING_FOR_DRAIN, f"has {left} requests left")
+        case InstanceState.STOPPING:
+            return _actual(StepKind.WAIT, instance, StepReason.WAITING_FOR_DRAIN, "is stopping")
+        case InstanceState.STARTING | InstanceState.WARMING if planned is None:
+            return _actual(StepKind.STOP, instance, StepReason.RETIRE, "is not wanted any more and never served: stops")
+        case InstanceState.ASLEEP:
+            return _actual(StepKind.STOP, instance, StepReason.RETIRE, "is asleep and stops to give its GPUs back")
+        case _:
+            return None
+
+
+def _label_changes(plan: Mapping[str, PlannedInstance], there: list[ActualInstance]) -> list[Step]:
+    changes = []
+    for instance in there:
+        planned = plan.get(instance.instance_id)
+        if planned is not None and planned.pool != instance.pool and instance.state in _LIVE:
+            changes.append(
+                _planned(StepKind.RELABEL, planned, StepReason.GROW, f"leaves pool {instance.pool} for {planned.pool}")
+            )
+    return changes
+
+
+_LIVE = (InstanceState.STARTING, InstanceState.WARMING, InstanceState.READY)
+
+
+def _drains(plan: Mapping[str, PlannedInstance], there: list[ActualInstance], growing: list[Step]) -> list[Step]:
+    """Drains of serving instances that are not wanted; first those whose GPUs others wait for."""
+    awaited = {u for s in growing if s.reason is StepReason.WAITING_FOR_GPU for u in s.gpu_uuids}
+    unwanted = [i for i in there if i.state is InstanceState.READY and i.instance_id not in plan]
+    unwanted.sort(key=lambda i: (awaited.isdisjoint(i.gpu_uuids), i.instance_id))
+    return [_actual(StepKind.DRAIN, i, StepReason.RETIRE, "is not wanted any more: drains") for i in unwanted]
+
+
+def _draining(there: list[ActualInstance]) -> Counter[str]:
+    return Counter(i.pool for i in there if i.state in (InstanceState.DRAINING, InstanceState.STOPPING))
+
+
+def _actual(kind: StepKind, instance: ActualInstance, reason: StepReason, what: str) -> Step:
+    sentence = f"{instance.instance_id} (pool {instance.pool}, TP{instance.tp}) {what}."
+    return Step(kind, instance.instance_id, instance.node_id, instance.pool, instance.gpu_uuids, reason, sentence)
+
+
+# ---------------------------------------------------------------------------------- never under the demand
+
+
+def _take(
+    changes: list[Step],
+    serving: dict[str, tuple[str, int]],
+    capacity: CapacityModel,
+    draining: Counter[str],
+    settings: TransitionSettings,
+) -> tuple[list[Step], list[Step]]:
+    """Which changes may be made at once: each is judged after those before it. `serving` follows what is taken."""
+    taken: list[Step] = []
+    held_back: list[Step] = []
+    drained = Counter(draining)
+    for change in changes:
+        before_rps = shortfall_rps(serving.values(), capacity)
+        after = _after(serving, change)
+        if (
+            (change.kind is StepKind.DRAIN and drained[change.pool] >= settings.max_drains_per_pool)
+            or shortfall_rps(after.values(), capacity) > before_rps + 1e-9
+            or not _covered(serving.values(), capacity) <= _covered(after.values(), capacity)
+        ):
+            held_back.append(change)
+            continue
+        drained[change.pool] += change.kind is StepKind.DRAIN
+        serving.clear()
+        serving.update(after)
+        taken.append(change)
+    return taken, held_back
+
+
+def _after(serving: Mapping[str, tuple[str, int]], change: Step) -> dict[str, tuple[str, int]]:
+    after = dict(serving)
+    if change.kind is StepKind.DRAIN:
+        after.pop(change.instance_id, None)
+    elif change.instance_id in after:
+        after[change.instance_id] = change.pool, len(change.gpu_uuids)
+    return after
+
+
+def _smallest_break(
+    held_back: list[Step],
+    plan: Mapping[str, PlannedInstance],
+    serving: Mapping[str, tuple[str, int]],
+    capacity: CapacityModel,
+    allow_shortfall: bool,
+) -> Step | None:
+    """The change that hurts least, when nothing else can move and waiting would change nothing.
+
+    Taken when the shortfall is declared acceptable, or when the wanted layout, once there, carries more than what
+    serves now: then standing still costs more than the break."""
+    now_rps = shortfall_rps(serving.values(), capacity)
+    wanted_rps = shortfall_rps(((p.pool, p.tp) for p in plan.values()), capacity)
+    if not allow_shortfall and not wanted_rps < now_rps - 1e-9:
+        return None
+
+    def hurt(change: Step) -> tuple[int, float, str]:
+        after = _after(serving, change)
+        uncovered = _covered(serving.values(), capacity) - _covered(after.values(), capacity)
+        return len(uncovered), shortfall_rps(after.values(), capacity), change.instance_id
+
+    return min(held_back, key=hurt)
+
+
+def _held_back(change: Step, stuck: bool) -> Step:
+    if stuck:
+        reason, why = StepReason.WAITING_FOR_GPU, "no GPU is free for a replacement, and the demand needs it"
+    else:
+        reason, why = StepReason.WAITING_FOR_READY, "stays until others carry its load or are through with their drain"
+    sentence = f"{change.instance_id} (pool {change.pool}, TP{len(change.gpu_uuids)}): {why}."
+    return Step(StepKind.WAIT, change.instance_id, change.node_id, change.pool, change.gpu_uuids, reason, sentence)

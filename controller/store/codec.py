@@ -14,7 +14,7 @@ from typing import Any
 from controller.domain.decision import Decision, Json, SolverReport, canonical_json
 from controller.domain.layout import Layout, PlannedInstance
 from controller.domain.reasons import Level, Mode, Reason
-from controller.store.models import DecisionModel, DecisionOutcomeModel, PlanModel
+from controller.store.models import DecisionModel, DecisionOutcomeModel, NodeModel, PlanModel
 from controller.store.records import (
     ActionRecord,
     DecisionOutcome,
@@ -185,7 +185,10 @@ def from_line(line: bytes) -> Row:
     """Raises ValueError for anything that `to_line` did not write."""
     try:
         value = json.loads(line)
-        return Row(str(value["table"]), dict(value["values"]))
+        row = Row(value["table"], dict(value["values"]))
+        if all(item is None or isinstance(item, Scalar) for item in (row.table, *row.values.values())):
+            return row
+        raise TypeError("only plain values have a place in a row")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"not a spooled row: {line[:80]!r}") from error
 
@@ -257,6 +260,12 @@ def to_plan(row: PlanModel) -> PlanRecord:
             )
         ),
         pools=_object(row.pools),
+    )
+
+
+def to_node(row: NodeModel) -> NodeRecord:
+    return NodeRecord(
+        node_id=row.node_id, seen_at_s=row.seen_at, gpus=row.gpus, address=row.address, detail=_object(row.detail)
     )
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from common.errors import EXIT_UNAVAILABLE, UserError
 
@@ -113,6 +115,16 @@ def _sqlite_engine(url: URL, patience_s: float, create: bool) -> Engine:
 
     engine = create_engine(url, creator=connect, poolclass=QueuePool, pool_size=4)
 
+    @event.listens_for(engine, "connect")
+    def remember_file(_: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        record.info["file"] = _file_identity(path)
+
+    @event.listens_for(engine, "checkout")
+    def same_file(_: DBAPIConnection, record: ConnectionPoolEntry, __: object) -> None:
+        # A connection to a file that was deleted or replaced would go on writing into nowhere without an error.
+        if record.info["file"] != _file_identity(path):
+            raise DisconnectionError(f"{path} is another file than before")
+
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
@@ -128,6 +140,14 @@ def _set_up_sqlite(connection: sqlite3.Connection, patience_s: float) -> None:
         got = connection.execute(f"PRAGMA {name}").fetchone()[0]
         if got != value:
             raise sqlite3.OperationalError(f"SQLite answers {name} = {got} where {value} was set")
+
+
+def _file_identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _postgres_engine(url: URL, patience_s: float) -> Engine:

@@ -13,19 +13,8 @@ from enum import StrEnum
 
 from controller.domain.classes import RequestClass
 from controller.domain.decision import Decision, Json
+from controller.domain.gpu_state import GpuState
 from controller.domain.layout import Layout
-
-
-class GpuState(StrEnum):
-    """What a GPU was doing while it drew its energy: every GPU of the cluster is always in one of them."""
-
-    SERVING = "serving"
-    IDLE = "idle"  # an instance is loaded and no request runs
-    LOADING = "loading"  # starting or warming up
-    DRAINING = "draining"  # draining or stopping
-    ASLEEP = "asleep"
-    PARKED = "parked"  # no instance holds it
-    UNKNOWN = "unknown"  # quarantined, or not heard of
 
 
 class EnergySource(StrEnum):

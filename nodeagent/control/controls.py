@@ -119,9 +119,7 @@ class Controls:
 
     # Requests
 
-    async def apply(
-        self, owner: Owner, reason: str, ttl_s: float, term: int, wishes: Sequence[Wish]
-    ) -> list[Result]:
+    async def apply(self, owner: Owner, reason: str, ttl_s: float, term: int, wishes: Sequence[Wish]) -> list[Result]:
         """Applies or renews a batch; one result per wish, in order. Raises Refused if the batch as a whole is."""
         arrived_s = self._clock.monotonic_s()
         self._check(owner, ttl_s)

@@ -1,7 +1,7 @@
-"""Builds the emulated `libnvidia-ml.so.1` with the machine's C compiler against NVIDIA's own nvml.h (PyPI nvidia-nvml-dev).
+"""Builds the emulated `libnvidia-ml.so.1` with the machine's C compiler against NVIDIA's nvml.h (nvidia-nvml-dev).
 
-A build is kept under `<root>/nvml/<hash of everything that went in>/`, so it happens once per change. Start a program
-with that directory in LD_LIBRARY_PATH and DYNAMOLLM_NVML_STATE naming a state file (state.py), and it sees emulated GPUs.
+A build is kept under `<root>/nvml/<hash of everything that went in>/`, so it happens once per change. A program started
+with that directory in LD_LIBRARY_PATH and with DYNAMOLLM_NVML_STATE naming a state file (state.py) sees emulated GPUs.
 """
 
 from __future__ import annotations

@@ -26,6 +26,14 @@
 
 enum { EMU_MAX_GPUS = 16, EMU_MAX_PROCESSES = 16, EMU_MAX_IDLE_POINTS = 128 };
 
+/* Of an H100 SXM: shutdown and slowdown lie 8 and 2 degrees above the highest operating temperature. */
+enum {
+    EMU_TEMPERATURE_GPU_MAX_C = 87,
+    EMU_TEMPERATURE_SLOWDOWN_C = 89,
+    EMU_TEMPERATURE_SHUTDOWN_C = 95,
+    EMU_TEMPERATURE_MEMORY_MAX_C = 95,
+};
+
 /* Calls that a fault can name. Every NVML function on a device belongs to one of them. */
 enum emu_calls {
     EMU_CALLS_HANDLE,      /* getting the device's handle, by whatever key */

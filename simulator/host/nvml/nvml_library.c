@@ -6,12 +6,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <strings.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static pthread_mutex_t starting = PTHREAD_MUTEX_INITIALIZER;
 static unsigned users; /* nvmlInit calls not yet matched by nvmlShutdown */
 static _Atomic(struct emu_host *) in_use;
+static struct emu_host *mapped; /* kept over nvmlShutdown: another thread may still be inside a call, hung for instance */
+static struct stat mapped_file;
 static struct nvmlDevice_st devices[EMU_MAX_GPUS];
 
 struct emu_host *emu_host(void) { return atomic_load_explicit(&in_use, memory_order_acquire); }
@@ -39,27 +41,40 @@ nvmlReturn_t emu_text(char *target, unsigned length, const char *text) {
 
 /* --- start and stop ------------------------------------------------------------------------------------------------ */
 
+/* As a real library says it: no driver, a driver of another version, no access to the device files. */
+static nvmlReturn_t find_host(void) {
+    const char *path = getenv(EMU_STATE_VARIABLE);
+    struct emu_host *host;
+    struct stat file;
+    if (path == NULL || *path == '\0' || stat(path, &file) != 0)
+        return NVML_ERROR_DRIVER_NOT_LOADED;
+    if (mapped != NULL && file.st_dev == mapped_file.st_dev && file.st_ino == mapped_file.st_ino)
+        return NVML_SUCCESS;
+    switch (emu_open(path, &host)) {
+    case 0:
+        mapped = host;
+        mapped_file = file;
+        return NVML_SUCCESS;
+    case -EPROTO:
+    case -ESTALE:
+        return NVML_ERROR_LIB_RM_VERSION_MISMATCH;
+    case -EACCES:
+    case -EPERM:
+        return NVML_ERROR_NO_PERMISSION;
+    default:
+        return NVML_ERROR_DRIVER_NOT_LOADED;
+    }
+}
+
 nvmlReturn_t nvmlInitWithFlags(unsigned int flags) {
     (void)flags; /* they are about hosts whose GPUs cannot be attached */
     pthread_mutex_lock(&starting);
-    nvmlReturn_t result = NVML_SUCCESS;
-    if (users == 0) {
-        const char *path = getenv(EMU_STATE_VARIABLE);
-        struct emu_host *host = NULL;
-        int error = path == NULL || *path == '\0' ? -ENOENT : emu_open(path, &host);
-        /* As a real library says it: no driver, a driver of another version, no access to the device files. */
-        if (error == -EPROTO || error == -ESTALE)
-            result = NVML_ERROR_LIB_RM_VERSION_MISMATCH;
-        else if (error == -EACCES || error == -EPERM)
-            result = NVML_ERROR_NO_PERMISSION;
-        else if (error != 0)
-            result = NVML_ERROR_DRIVER_NOT_LOADED;
+    nvmlReturn_t result = users == 0 ? find_host() : NVML_SUCCESS;
+    if (result == NVML_SUCCESS && users++ == 0) {
         for (unsigned index = 0; index < EMU_MAX_GPUS; index++)
             devices[index].index = index;
-        if (error == 0)
-            atomic_store_explicit(&in_use, host, memory_order_release);
+        atomic_store_explicit(&in_use, mapped, memory_order_release);
     }
-    users += result == NVML_SUCCESS;
     pthread_mutex_unlock(&starting);
     return result;
 }
@@ -73,7 +88,6 @@ nvmlReturn_t nvmlShutdown(void) {
     nvmlReturn_t result = users == 0 ? NVML_ERROR_UNINITIALIZED : NVML_SUCCESS;
     users -= users != 0;
     if (users == 0)
-        /* Left mapped: another thread may still be inside a call, hung for instance. */
         atomic_store_explicit(&in_use, NULL, memory_order_release);
     pthread_mutex_unlock(&starting);
     return result;

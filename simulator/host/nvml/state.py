@@ -23,8 +23,8 @@ from simulator.host.nvml.layout import MAX_GPUS, MAX_IDLE_POINTS, CConfig, CFaul
 STATE_VARIABLE = "DYNAMOLLM_NVML_STATE"
 MIB = 1 << 20
 
-# Power with a CUDA context and no work at an SM clock: 72 W + 50 W · f/1980 · (V/Vmax)², V = 0.757 Vmax below 1000 MHz and
-# linear above; H100 reference data (docs/physics.md). Callers with physics of their own pass their own table.
+# Power with a context and no work: 72 W + 50 W · f/1980 · (V/Vmax)², V/Vmax = 0.757 below 1000 MHz, then linear to 1; H100
+# reference data (docs/physics.md). Callers with physics of their own pass a table made from it.
 IDLE_POWER_W = ((210, 75.0), (1005, 86.6), (1305, 94.1), (1605, 104.6), (1800, 113.2), (1980, 122.0))
 
 
@@ -176,7 +176,7 @@ class HostState:
                 errno.ESTALE: "was made before the machine's last boot",
             }
             what = reasons.get(error, f"cannot be opened: {os.strerror(error)}")
-            raise UserError(f"{path}: {what}.", "Make one: python -m simulator.host.nvml.state create PATH")
+            raise UserError(f"{path}: {what}.", "Make one: python -m simulator.host.nvml create PATH")
         return cls(path, library, handle)
 
     def close(self) -> None:
@@ -222,13 +222,13 @@ class HostState:
         self,
         index: int,
         power_w: float,
-        gpu_util: int = 0,
-        mem_util: int = 0,
+        gpu_util: float = 0,
+        mem_util: float = 0,
         *,
         clock_mhz: int | None = None,
         pid: int | None = None,
     ) -> None:
-        """Says what a process makes of the GPU from now on; 0 W ends its work.
+        """Says what a process makes of the GPU from now on: power, utilisation in percent. 0 W ends its work.
 
         `clock_mhz`: the clock that the power limit left to it, where that is below the lock. `pid`: default this
         process if it has a context there, else load that belongs to nobody and stays until it is written again.

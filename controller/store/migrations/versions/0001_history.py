@@ -4,6 +4,8 @@ Revision ID: 0001
 Revises:
 """
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -131,7 +133,11 @@ def upgrade() -> None:
         sa.Column("output_tokens", sa.BigInteger, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_load_minute"),
         sa.UniqueConstraint(
-            "term", "window_start", "model", "request_class", name="uq_load_minute_term_window_start_model_request_class"
+            "term",
+            "window_start",
+            "model",
+            "request_class",
+            name="uq_load_minute_term_window_start_model_request_class",
         ),
     )
     op.create_index("ix_load_minute_window_start", "load_minute", ["window_start"])
@@ -233,7 +239,7 @@ def downgrade() -> None:
         op.drop_table(table)
 
 
-def _class_window_columns() -> list[sa.Column]:
+def _class_window_columns() -> list[sa.Column[Any]]:
     return [
         sa.Column("id", ROW_ID, autoincrement=True, nullable=False),
         sa.Column("term", sa.BigInteger, nullable=False),

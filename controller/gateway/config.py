@@ -1,0 +1,108 @@
+"""Configuration of `dynamollm-gateway`: `/etc/dynamollm/gateway.toml` < `DYNAMOLLM_GATEWAY__…` < flag."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from common.config import ConfigModel
+from controller.domain.slo import Slo
+
+DEFAULT_PATH = Path("/etc/dynamollm/gateway.toml")
+PART = "gateway"
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """`HOST:PORT` or `[IPV6]:PORT` as host and port; ValueError with a reason otherwise."""
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+class LimitsConfig(ConfigModel):
+    """What the gateway takes on, and how long it waits."""
+
+    body_bytes: int = Field(default=8 * 1024 * 1024, ge=1024, description="Largest request body; larger ones get 413.")
+    body_s: Seconds = Field(default=30.0, description="Time a client has to send its request.")
+    waiting: int = Field(default=10_000, ge=1, description="Requests that may wait; further ones get 429.")
+    queue_s: Seconds = Field(default=60.0, description="Longest wait for an instance; then the request gets 503.")
+    attempts: int = Field(
+        default=3, ge=1, le=10, description="Instances tried for a request while nothing has reached its client."
+    )
+    connect_s: Seconds = Field(default=2.0, description="Time to reach an engine.")
+    silent_s: Seconds = Field(
+        default=120.0, description="An answer of which nothing moved for this long is given up: engine or client hangs."
+    )
+    answer_bytes: int = Field(
+        default=64 * 1024 * 1024, ge=1024, description="Largest answer that is not streamed (those are held whole)."
+    )
+    drain_s: Seconds = Field(default=60.0, description="On stop, time for running requests to finish.")
+
+
+class ClassifyConfig(ConfigModel):
+    """How output lengths are guessed."""
+
+    output_quantile: float = Field(
+        default=0.8,
+        gt=0,
+        lt=1,
+        description="Route for an output at least as long as this share of the earlier requests of the same input "
+        "bucket had. Higher errs towards pools that can carry more.",
+    )
+
+
+class SloConfig(ConfigModel):
+    """Bounds of the service level objectives, for what is reported as within them and for the order of the queue.
+    Should equal the controller's."""
+
+    ttft_s_ms: Milliseconds = Slo().ttft_s_ms
+    ttft_m_ms: Milliseconds = Slo().ttft_m_ms
+    ttft_l_ms: Milliseconds = Slo().ttft_l_ms
+    tbt_ms: Milliseconds = Slo().tbt_ms
+
+    def slo(self) -> Slo:
+        return Slo(self.ttft_s_ms, self.ttft_m_ms, self.ttft_l_ms, self.tbt_ms)
+
+
+class LogConfig(ConfigModel):
+    """Logs go to stderr. Prompts and answers never do."""
+
+    form: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class GatewayConfig(ConfigModel):
+    """Everything the gateway needs to know."""
+
+    gateway_id: str = Field(default="", max_length=100, description="Name in load reports. Empty: the host's name.")
+    listen: str = Field(default="127.0.0.1:8800", description="HOST:PORT of the OpenAI-compatible API; port 0: any.")
+    controller: str = Field(default="127.0.0.1:7700", description="gRPC address of the controller.")
+    report_interval_s: Seconds = Field(default=1.0, description="How often the load is reported to the controller.")
+    limits: LimitsConfig = LimitsConfig()
+    classify: ClassifyConfig = ClassifyConfig()
+    slo: SloConfig = SloConfig()
+    log: LogConfig = LogConfig()
+
+    @field_validator("listen")
+    @classmethod
+    def _listen(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @field_validator("controller")
+    @classmethod
+    def _controller(cls, value: str) -> str:
+        if not value.startswith("unix:") and split_address(value)[1] == 0:
+            raise ValueError("port 0 cannot be connected to")
+        return value
+
+    @property
+    def name(self) -> str:
+        return self.gateway_id or socket.gethostname()

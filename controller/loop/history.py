@@ -1,0 +1,168 @@
+"""What is kept of a running fleet: energy, load and SLO rows per window, and one row per finished transition.
+
+Fed by the runtime with the same observations as the core; gives the store's records. Pure but for what it gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from controller.domain.classes import RequestClass
+from controller.domain.decision import Decision
+from controller.domain.gpu_state import GpuState
+from controller.domain.reasons import Level
+from controller.fleet.port import NodeObservation
+from controller.loop.accounting import EnergyBook, EnergyEntry
+from controller.loop.load import ClassWindow, LoadWindow
+from controller.loop.state import Instant
+from controller.store.records import LoadRow, Record, SloRow, TelemetryRow, TransitionRow
+
+_EnergyKey = tuple[str, str, GpuState, str, str]
+
+
+@dataclass(slots=True)
+class _Spent:
+    seconds: float = 0.0
+    energy_j: float = 0.0
+    mhz_seconds: float = 0.0
+    clocked_s: float = 0.0
+
+
+@dataclass(slots=True)
+class WindowBook:
+    """Sums over windows of `window_s` aligned to the wall clock; `close_due` gives the rows of those that ended."""
+
+    term: int
+    model: str
+    window_s: float
+    _energy: EnergyBook = field(default_factory=EnergyBook)
+    _start_s: float | None = None
+    _spent: dict[_EnergyKey, _Spent] = field(default_factory=dict)
+    _load: dict[RequestClass, ClassWindow] = field(default_factory=dict)
+
+    def add_node(self, seen: NodeObservation) -> None:
+        for entry in self._energy.add(seen):
+            self._book(entry)
+
+    def add_load(self, window: LoadWindow) -> None:
+        for request_class, counts in window.classes.items():
+            have = self._load.get(request_class)
+            self._load[request_class] = counts if have is None else _add(have, counts)
+
+    def close_due(self, now: Instant, *, force: bool = False) -> list[Record]:
+        """Rows of the window that has ended; `force` closes the running one (at shutdown)."""
+        if self._start_s is None:
+            self._start_s = now.wall_s - now.wall_s % self.window_s
+        if not force and now.wall_s < self._start_s + self.window_s:
+            return []
+        rows = [*self._telemetry_rows(self._start_s), *self._load_rows(self._start_s)]
+        self._start_s = now.wall_s - now.wall_s % self.window_s
+        self._spent = {}
+        self._load = {}
+        return rows
+
+    def _book(self, entry: EnergyEntry) -> None:
+        key = (entry.node_id, entry.gpu_uuid, entry.state, entry.pool, entry.instance_id)
+        spent = self._spent.setdefault(key, _Spent())
+        spent.seconds += entry.seconds
+        spent.energy_j += entry.energy_j
+        if entry.sm_mhz is not None:
+            spent.mhz_seconds += entry.sm_mhz * entry.seconds
+            spent.clocked_s += entry.seconds
+
+    def _telemetry_rows(self, start_s: float) -> list[Record]:
+        return [
+            TelemetryRow(
+                term=self.term,
+                window_start_s=start_s,
+                window_s=self.window_s,
+                node_id=node_id,
+                gpu_uuid=gpu_uuid,
+                state=state,
+                seconds=spent.seconds,
+                pool=pool,
+                instance_id=instance_id,
+                energy_j=spent.energy_j,
+                mean_power_w=spent.energy_j / spent.seconds,
+                mean_sm_mhz=spent.mhz_seconds / spent.clocked_s if spent.clocked_s else None,
+            )
+            for (node_id, gpu_uuid, state, pool, instance_id), spent in sorted(self._spent.items())
+        ]
+
+    def _load_rows(self, start_s: float) -> list[Record]:
+        rows: list[Record] = []
+        for request_class, counts in sorted(self._load.items()):
+            rows.append(
+                LoadRow(
+                    self.term,
+                    start_s,
+                    self.window_s,
+                    self.model,
+                    request_class,
+                    arrived=counts.arrived,
+                    completed=counts.completed,
+                    failed=counts.failed,
+                    input_tokens=counts.input_tokens,
+                    output_tokens=counts.output_tokens,
+                )
+            )
+            ended = counts.completed + counts.failed
+            if ended:
+                rows.append(SloRow(self.term, start_s, self.window_s, self.model, request_class, ended, counts.in_slo))
+        return rows
+
+
+def _add(a: ClassWindow, b: ClassWindow) -> ClassWindow:
+    return ClassWindow(
+        a.arrived + b.arrived,
+        a.completed + b.completed,
+        a.failed + b.failed,
+        a.in_slo + b.in_slo,
+        a.input_tokens + b.input_tokens,
+        a.output_tokens + b.output_tokens,
+    )
+
+
+@dataclass(slots=True)
+class TransitionLog:
+    """Follows one way between layouts at a time; a new layout before the end closes the old row as overtaken."""
+
+    term: int
+    model: str
+    _open: TransitionRow | None = None
+    _count: int = 0
+
+    def began(
+        self, decision: Decision, now: Instant, before: Mapping[str, int], after: Mapping[str, int]
+    ) -> list[Record]:
+        """A decision changed the layout from `before` to `after` (instances by pool and tp)."""
+        closed = self._close(now, completed=False)
+        self._count += 1
+        self._open = TransitionRow(
+            term=self.term,
+            transition_id=f"x{self._count}",
+            model=self.model,
+            pool="" if decision.level is Level.CLUSTER else decision.scope,
+            reason=str(decision.reason),
+            started_at_s=now.wall_s,
+            duration_s=0.0,
+            completed=False,
+            starts=sum(max(0, n - before.get(kind, 0)) for kind, n in after.items()),
+            stops=sum(max(0, n - after.get(kind, 0)) for kind, n in before.items()),
+            decision=decision.number,
+            before=dict(before),
+            after=dict(after),
+        )
+        return closed
+
+    def settled(self, now: Instant) -> list[Record]:
+        """What is there is what is wanted."""
+        return self._close(now, completed=True)
+
+    def _close(self, now: Instant, completed: bool) -> list[Record]:
+        if self._open is None:
+            return []
+        row = replace(self._open, duration_s=now.wall_s - self._open.started_at_s, completed=completed)
+        self._open = None
+        return [row]

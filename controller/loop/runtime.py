@@ -1,0 +1,253 @@
+"""Drives the core on a real fleet: APScheduler ticks, agents' observations, effects, recording, leadership.
+
+One asyncio loop owns the core; nothing else touches it. Solving runs in a thread (HiGHS releases the GIL), database
+writes in the recorder's thread, calls to agents as tasks: a slow one of these never delays the next tick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MISSED, JobExecutionEvent
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+
+from common.clock import Clock
+from common.logs import get_logger
+from controller.api.routing_hub import RoutingHub
+from controller.domain.decision import Decision
+from controller.domain.reasons import Level
+from controller.fleet.grpc import AgentClient
+from controller.fleet.port import (
+    ApplyClocks,
+    ClockTarget,
+    DrainInstance,
+    Effect,
+    EffectDone,
+    Event,
+    LoadSeen,
+    NodeEffect,
+    NodeSeen,
+    PublishRouting,
+    ReleaseClocks,
+    Solve,
+    StartInstance,
+    StopInstance,
+    Tick,
+)
+from controller.loop.core import Core
+from controller.loop.history import TransitionLog, WindowBook
+from controller.loop.load import LoadBook
+from controller.loop.planning import counts_json
+from controller.loop.pool import transition_pending
+from controller.loop.state import Instant, State
+from controller.policy.milp.model import solve
+from controller.store.records import ActionKind, ActionRecord, PlanRecord, Record
+
+_log = get_logger(__name__)
+
+_KINDS: dict[type[Effect], ActionKind] = {
+    ApplyClocks: ActionKind.APPLY_CLOCKS,
+    ReleaseClocks: ActionKind.RELEASE_CLOCKS,
+    StartInstance: ActionKind.START_INSTANCE,
+    DrainInstance: ActionKind.DRAIN_INSTANCE,
+    StopInstance: ActionKind.STOP_INSTANCE,
+}
+
+
+class Runtime:
+    """One controller's loop. `record` must neither block nor raise (controller/store/recorder.py)."""
+
+    def __init__(
+        self,
+        core: Core,
+        agents: dict[str, AgentClient],
+        hub: RoutingHub,
+        record: Callable[[Record], None],
+        clock: Clock,
+        telemetry_window_s: float,
+    ) -> None:
+        settings, term = core.state.settings, core.state.term
+        self._core = core
+        self._agents = agents
+        self._hub = hub
+        self._record = record
+        self._clock = clock
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._windows = WindowBook(term, settings.model, telemetry_window_s)
+        self._reports = LoadBook(keep_s=telemetry_window_s)
+        self._transitions = TransitionLog(term, settings.model)
+        self._scheduler = AsyncIOScheduler()
+        self._solvers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="solver")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last_said: dict[Level, str] = {}
+        self._last_asked: dict[str, tuple[ClockTarget, ...]] = {}
+        self.missed_ticks = 0
+
+    @property
+    def state(self) -> State:
+        return self._core.state
+
+    def sink(self, event: Event) -> None:
+        """Takes an observation from within the event loop."""
+        self._events.put_nowait(event)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Runs until `stop` is set. Locks are left to their leases: a restart within the TTL keeps the saving."""
+        self._schedule()
+        for agent in self._agents.values():
+            agent.start()
+        worker = asyncio.create_task(self._work())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            done, _ = await asyncio.wait({worker, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if worker in done:
+                worker.result()  # a defect in the core: let it end the process, systemd restarts it
+        finally:
+            self._scheduler.shutdown(wait=False)
+            for task in (worker, stopping, *self._tasks):
+                task.cancel()
+            await asyncio.gather(worker, stopping, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*(agent.close() for agent in self._agents.values()))
+            self._solvers.shutdown(wait=False, cancel_futures=True)
+            self._write(self._windows.close_due(self._now(), force=True))
+
+    def _schedule(self) -> None:
+        settings = self.state.settings
+        periods = {
+            Level.INSTANCE: settings.instance_s,
+            Level.POOL: settings.pool_s,
+            Level.CLUSTER: settings.cluster_s,
+        }
+        for level, period_s in periods.items():
+            self._scheduler.add_job(
+                self.sink,
+                "interval",
+                args=[Tick(level)],
+                seconds=period_s,
+                id=level.value,
+                coalesce=True,
+                max_instances=1,
+                # A late tick is still worth a decision until the next one is due; the default of 1 s drops it silently.
+                misfire_grace_time=max(1, int(period_s)),
+            )
+        self._scheduler.add_listener(self._tick_lost, EVENT_JOB_MISSED | EVENT_JOB_ERROR)
+        self._scheduler.start()
+
+    def _tick_lost(self, event: JobExecutionEvent) -> None:
+        self.missed_ticks += 1
+        _log.warning("tick_lost", level=event.job_id, error=str(event.exception or "missed"))
+
+    async def _work(self) -> None:
+        while True:
+            event = await self._events.get()
+            self._observe(event)
+            before = counts_json(self.state.layout.counts())
+            step = self._core.handle(self._now(), event)
+            for decision in step.decisions:
+                self._take_decision(decision, before)
+            for effect in step.effects:
+                self._begin(effect)
+            if isinstance(event, Tick):
+                self._after_tick()
+
+    def _observe(self, event: Event) -> None:
+        match event:
+            case NodeSeen():
+                self._windows.add_node(event.observation)
+            case LoadSeen() if event.observation.model == self.state.settings.model:
+                window = self._reports.add(event.observation)
+                if window is not None:
+                    self._windows.add_load(window)
+
+    def _take_decision(self, decision: Decision, before: dict[str, int]) -> None:
+        self._write([decision])
+        plan = decision.outcome.get("plan")
+        if plan is not None and decision.outcome.get("accepted"):
+            self._write(
+                [PlanRecord(decision.term, decision.number, decision.decided_at_s, self.state.layout, plan["pools"])]
+            )
+            after = counts_json(self.state.layout.counts())
+            if after != before:
+                self._write(self._transitions.began(decision, self._now(), before, after))
+        # One sentence per decision of the slow levels; the fast one is said only when it is new.
+        if decision.level is not Level.INSTANCE or self._last_said.get(decision.level) != decision.sentence:
+            _log.info("decided", level=str(decision.level), sentence=decision.sentence)
+        self._last_said[decision.level] = decision.sentence
+
+    def _after_tick(self) -> None:
+        if self.state.pools and not transition_pending(self.state):
+            self._write(self._transitions.settled(self._now()))
+        self._write(self._windows.close_due(self._now()))
+
+    def _begin(self, effect: Effect) -> None:
+        match effect:
+            case PublishRouting():
+                self._hub.publish(effect.table)
+                self.sink(EffectDone(effect.effect_id, ok=True))
+            case Solve():
+                self._spawn(self._solve(effect))
+            case _:
+                self._spawn(self._execute(effect))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _solve(self, effect: Solve) -> None:
+        loop = asyncio.get_running_loop()
+        solution = await loop.run_in_executor(self._solvers, solve, effect.problem)
+        self.sink(EffectDone(effect.effect_id, ok=solution.chosen is not None, solution=solution))
+
+    async def _execute(self, effect: NodeEffect) -> None:
+        started_at_s, started = self._clock.wall_s(), time.monotonic()
+        agent = self._agents.get(effect.node_id)
+        done = (
+            await agent.execute(effect)
+            if agent is not None
+            else EffectDone(effect.effect_id, ok=False, detail=f"no agent {effect.node_id} is configured")
+        )
+        self.sink(done)
+        if done.ok and isinstance(effect, ApplyClocks):
+            if self._last_asked.get(effect.node_id) == effect.targets:
+                return  # a mere renewal: history keeps changes
+            self._last_asked[effect.node_id] = effect.targets
+        self._write([_action(self.state.term, effect, done, started_at_s, time.monotonic() - started)])
+        if not done.ok:
+            _log.warning("effect_failed", kind=_KINDS[type(effect)].value, node=effect.node_id, detail=done.detail)
+
+    def _write(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self._record(record)
+
+    def _now(self) -> Instant:
+        return Instant(self._clock.monotonic_s(), self._clock.wall_s())
+
+
+def _action(term: int, effect: NodeEffect, done: EffectDone, started_at_s: float, duration_s: float) -> ActionRecord:
+    asked = asdict(effect)
+    for key in ("effect_id", "node_id", "instance_id"):
+        asked.pop(key, None)
+    gpus = (
+        sum(len(target.gpu_uuids) for target in effect.targets)
+        if isinstance(effect, ApplyClocks)
+        else len(getattr(effect, "gpu_uuids", ()))
+    )
+    return ActionRecord(
+        term=term,
+        effect_id=effect.effect_id,
+        kind=_KINDS[type(effect)],
+        started_at_s=started_at_s,
+        duration_s=duration_s,
+        ok=done.ok,
+        detail=done.detail,
+        node_id=effect.node_id,
+        instance_id=getattr(effect, "instance_id", ""),
+        gpus=gpus,
+        asked=asked,
+    )

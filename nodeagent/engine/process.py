@@ -1,0 +1,121 @@
+"""Engines as plain processes in sessions of their own, so that they outlive the agent.
+
+Each engine leads a session; its workers are found by that session's id. The kernel does not give a pid away again
+while a session of that number lives, so the members of a session are never strangers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+
+import psutil
+
+from nodeagent.engine.launcher import Launch, LaunchFailed, ProcessId
+
+TOKEN_VARIABLE = "DYNAMOLLM_LAUNCH"
+_SAME_START_S = 0.05
+"""Start times come in ticks of 10 ms."""
+_OURS_ONLY = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID", "JOURNAL_STREAM", "MAINPID")
+"""What systemd tells the agent and an engine must not take for its own."""
+
+
+class ProcessLauncher:
+    """Starts engines with the agent's own environment plus what the launch adds."""
+
+    def __init__(self) -> None:
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, launch: Launch) -> ProcessId:
+        environment = {name: value for name, value in os.environ.items() if name not in _OURS_ONLY}
+        environment |= launch.env | {TOKEN_VARIABLE: launch.token}
+        try:
+            launch.log_path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            with launch.log_path.open("wb") as log:
+                child = subprocess.Popen(
+                    launch.argv,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except FileNotFoundError as error:
+            raise LaunchFailed(f"{error.filename}: no such program; set engine.command") from None
+        except OSError as error:
+            raise LaunchFailed(f"{error.filename or launch.argv[0]}: {error.strerror}") from None
+        self._children[child.pid] = child
+        return _identify(psutil.Process(child.pid))
+
+    def find(self, token: str) -> ProcessId | None:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if os.getsid(process.pid) == process.pid and process.environ().get(TOKEN_VARIABLE) == token:
+                    return _identify(process)
+        return None
+
+    def alive(self, process: ProcessId) -> bool:
+        child = self._children.get(process.pid)
+        if child is not None and child.poll() is not None:  # also takes the ended child off the process table
+            return False
+        return _lives(process.pid) and _is(process)
+
+    def members(self, process: ProcessId) -> frozenset[int]:
+        self.alive(process)
+        if psutil.pid_exists(process.pid) and not _is(process):
+            return frozenset()  # the number was given away again: that session is not ours
+        return frozenset(pid for pid in _session(process.pid) if _lives(pid))
+
+    def terminate(self, process: ProcessId) -> None:
+        if self.alive(process):
+            _signal(process.pid, signal.SIGTERM)
+
+    def kill(self, process: ProcessId) -> None:
+        for pid in self.members(process):
+            _signal(pid, signal.SIGKILL)
+
+    def exit_text(self, process: ProcessId) -> str:
+        child = self._children.get(process.pid)
+        code = child.poll() if child is not None else None
+        if code is None:
+            return ""
+        if code >= 0:
+            return f"exit code {code}"
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"killed by signal {-code}"
+
+
+def _identify(process: psutil.Process) -> ProcessId:
+    return ProcessId(process.pid, round(process.create_time() - psutil.boot_time(), 2))
+
+
+def _is(process: ProcessId) -> bool:
+    try:
+        return abs(_identify(psutil.Process(process.pid)).started_s - process.started_s) <= _SAME_START_S
+    except psutil.Error:
+        return False
+
+
+def _lives(pid: int) -> bool:
+    """A zombie holds nothing any more, whoever is slow to reap it."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False
+
+
+def _session(session_id: int) -> Iterator[int]:
+    for pid in psutil.pids():
+        with suppress(OSError):
+            if os.getsid(pid) == session_id:
+                yield pid
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)

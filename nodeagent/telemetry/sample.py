@@ -1,0 +1,54 @@
+"""One telemetry sample as plain values: what the sampler makes, the stream hands out and the metrics page shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nodeagent.engine.lifecycle import State
+from nodeagent.engine.vllm import EngineReading
+from nodeagent.gpu.driver import GpuHealth, GpuReading
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSample:
+    """One GPU. The reading is empty while the GPU does not answer."""
+
+    uuid: str
+    index: int
+    health: GpuHealth
+    reading: GpuReading
+    energy_j: float | None
+    energy_is_integrated: bool
+    locked_mhz: int | None
+
+    @property
+    def healthy(self) -> bool:
+        return self.health is GpuHealth.OK
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSample:
+    """One engine instance; `engine` is None while it does not answer."""
+
+    instance_id: str
+    state: State
+    engine: EngineReading | None
+
+
+@dataclass(frozen=True, slots=True)
+class HostSample:
+    """The host itself."""
+
+    cpu_utilization_ratio: float
+    memory_used_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Everything at (nearly) one instant."""
+
+    wall_s: float
+    monotonic_s: float
+    gpus: tuple[GpuSample, ...]
+    instances: tuple[InstanceSample, ...]
+    host: HostSample
