@@ -222,10 +222,9 @@ class NodeAgentConfig(ConfigModel):
     @field_validator("node_id")
     @classmethod
     def _node_id(cls, value: str) -> str:
-        name = value or platform.node()
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.\-_]{0,252}", name):
-            raise ValueError(f"{name!r} is not a usable node name (letters, digits, . - _)")
-        return name
+        if value and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.\-_]{0,252}", value):
+            raise ValueError(f"{value!r} is not a usable node name (letters, digits, . - _)")
+        return value
 
     @field_validator("state_dir")
     @classmethod
@@ -233,6 +232,11 @@ class NodeAgentConfig(ConfigModel):
         if not value.is_absolute():
             raise ValueError("must be an absolute path")
         return value
+
+    @property
+    def node_name(self) -> str:
+        """The node's name in the fleet."""
+        return self.node_id or platform.node()
 
     @property
     def instance_dir(self) -> Path:

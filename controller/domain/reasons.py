@@ -26,6 +26,8 @@ class Reason(StrEnum):
     CAPACITY_NEEDED = "capacity_needed"  # the present layout cannot carry the forecast
     PLAN_KEPT = "plan_kept"  # the present layout is still the best
     SAVING_TOO_SMALL = "saving_too_small"  # a better layout exists, switching to it does not pay
+    GRANT_CHANGED = "grant_changed"  # the layout stands over the pool's new grant
+    NO_ROOM_TO_SWITCH = "no_room_to_switch"  # a better layout exists, but no way there keeps carrying the load
     TRANSITION_PENDING = "transition_pending"  # a transition is under way: no new layout before it ends
     NO_LOAD_DATA = "no_load_data"  # reports are stale: the last plan is held
     SOLVER_FAILED = "solver_failed"  # no feasible plan: the last one is kept, or SinglePool

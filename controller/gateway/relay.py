@@ -58,14 +58,18 @@ class Inbound:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
 class Refusal(Exception):
-    """An answer of our own in place of an engine's."""
+    """An answer of our own in place of an engine's. `code` is one of OpenAI's or an Outcome."""
 
-    status: int
-    code: str
-    message: str
-    retry_after_s: int | None = None
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
 
 
 class Client(Protocol):
@@ -137,7 +141,7 @@ class Relay:
         try:
             outcome = await self._serve(inbound, client, request, classified, arrived_s)
         except Refusal as refusal:
-            outcome = Outcome(refusal.code) if refusal.code in set(Outcome) else Outcome.FAILED
+            outcome = Outcome(refusal.code)
             raise
         finally:
             self._slots.pop(request.request_id, None)
@@ -214,6 +218,11 @@ class Relay:
             _log.warning("engine_failed_mid_answer", instance=instance.instance_id, reason=str(error))
             self.dispatcher.suspect(instance.instance_id, self._clock.monotonic_s())
             await client.end(_error_event("The engine failed within the answer."))
+            return Outcome.FAILED
+        if (complaint := answer.complaint()) is not None:
+            _log.warning("engine_failed_mid_answer", instance=instance.instance_id, reason=complaint)
+            # An error event of the engine's own has reached the client already.
+            await client.end(b"" if answer.ended_with_done else _error_event("The engine ended its answer early."))
             return Outcome.FAILED
         await client.end()
         usage = answer.usage() if inbound.usage_wanted else None

@@ -139,6 +139,12 @@ class Answer:
                 return usage if isinstance(usage, dict) else None
         return None
 
+    def complaint(self) -> str | None:
+        """Why a stream that ended in good order is still no answer: the engine said so, or left out the end mark."""
+        if b'data: {"error"' in self._tail or b'data: {"object":"error"' in self._tail:
+            return "the engine sent an error event"
+        return None if self.ended_with_done else "the stream ended without [DONE]"
+
     @property
     def ended_with_done(self) -> bool:
         return self._tail.rstrip().endswith(b"data: [DONE]")

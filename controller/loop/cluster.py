@@ -19,10 +19,14 @@ from controller.loop.planning import (
     drop_from_layout,
     expected_demand,
     lay_out,
+    margin,
     problem_json,
+    reachable,
     result_json,
     say_counts,
     solver_report,
+    started,
+    transition_pending,
     wanted_counts,
 )
 from controller.loop.state import PendingSolve, PoolPlan, State, Turn, plan_json
@@ -75,22 +79,26 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
         verdict = judge(
             present,
             candidate,
-            pool_manager.started(state.layout.counts(), counts),
+            started(state.layout.counts(), counts),
             problem.start_j,
             problem.horizon_s,
             now.monotonic_s - state.layout_changed_s,
-            pending=pool_manager.transition_pending(state),
+            pending=transition_pending(state),
             settings=StabiliseSettings(dwell_s=state.settings.min_dwell_s),
         )
         accept, reason, sentence = verdict.accept, verdict.reason, verdict.sentence
+        if accept and reason is Reason.FORECAST_CHANGED and not reachable(state, now, counts, demand):
+            accept, reason = False, Reason.NO_ROOM_TO_SWITCH
+            sentence = "There is no way to it that carries the load."
     if fallback:
         reason, sentence = fallback.reason, fallback.sentence
 
     grants: Mapping[str, int] = {}
     if accept:
-        grants = share_out(problem.gpus, pools, counts, demand)
+        grants = share_out(problem.gpus, pools, counts, wanted_counts(state), demand)
         if repartition:
             state.pools = {}
+            state.layout_forced = reason is not Reason.FORECAST_CHANGED
     number = state.decision_numbers + 1
     for pool, granted in grants.items():
         have = state.pools.get(pool)
@@ -122,7 +130,7 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
         },
         alternatives=tuple(alternatives),
         predicted_power_w=candidate.power_w,
-        predicted_slo_margin=_margin(candidate.load_ratio),
+        predicted_slo_margin=margin(candidate.load_ratio),
         solver=solver_report(solution, len(problem.columns)),
     )
     for name, plan in list(state.pools.items()):
@@ -131,23 +139,37 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
 
 
 def share_out(
-    gpus: int, pools: tuple[str, ...], counts: Mapping[tuple[str, int], int], demand: Mapping[str, float]
+    gpus: int,
+    pools: tuple[str, ...],
+    counts: Mapping[tuple[str, int], int],
+    present: Mapping[tuple[str, int], int],
+    demand: Mapping[str, float],
 ) -> dict[str, int]:
-    """Grants: what the plan uses, and the GPUs it leaves empty shared out in twos by demand.
+    """Grants: what the plan uses; then what pools use now beyond that; the rest shared out in twos by demand.
 
-    A grant costs nothing (its GPUs may stay empty), but lets a pool grow between two cluster epochs.
+    A grant costs nothing (its GPUs may stay empty) but lets a pool grow between two cluster epochs, and a pool that
+    uses more than the plan foresees gives nothing back before somebody else needs it.
     """
-    grants = {pool: sum(tp * n for (name, tp), n in counts.items() if name == pool) for pool in pools}
-    spare = gpus - sum(grants.values())
-    total = sum(demand.get(pool, 0.0) for pool in pools) or 1.0
+    grants = {pool: _gpus_of(pool, counts) for pool in pools}
     by_demand = sorted(pools, key=lambda pool: (-demand.get(pool, 0.0), pool))
+    spare = gpus - sum(grants.values())
     for pool in by_demand:
-        extra = min(spare, 2 * round(spare * demand.get(pool, 0.0) / total / 2))
+        extra = max(0, min(spare, _gpus_of(pool, present) - grants[pool]))
+        grants[pool] += extra
+        spare -= extra
+    total = sum(demand.get(pool, 0.0) for pool in pools) or 1.0
+    shared = spare
+    for pool in by_demand:
+        extra = min(spare, 2 * round(shared * demand.get(pool, 0.0) / total / 2))
         grants[pool] += extra
         spare -= extra
     if by_demand:
         grants[by_demand[0]] += spare
     return grants
+
+
+def _gpus_of(pool: str, counts: Mapping[tuple[str, int], int]) -> int:
+    return sum(tp * n for (name, tp), n in counts.items() if name == pool)
 
 
 def _leave_lost_nodes(state: State, now_s: float) -> None:
@@ -201,7 +223,3 @@ def _say(state: State, grants: Mapping[str, int], counts: Mapping[tuple[str, int
         return f"Kept {say_counts(wanted_counts(state))}, not {say_counts(counts)}. {why}".strip()
     granted = ", ".join(f"{pool} {gpus} GPUs" for pool, gpus in sorted(grants.items()))
     return f"Granted {granted} for {say_counts(counts)}. {why}".strip()
-
-
-def _margin(load_ratio: float) -> float | None:
-    return 1.0 - load_ratio if load_ratio < float("inf") else None

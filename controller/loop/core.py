@@ -128,6 +128,9 @@ class Core:
         state = turn.state
         before = state.nodes.get(seen.node_id)
         state.nodes[seen.node_id] = seen
+        for effect_id, step in list(state.acting.items()):
+            if step.done and step.node_id == seen.node_id:
+                del state.acting[effect_id]
         for observed in seen.instances:
             if observed.state is InstanceState.READY and {"start", "warm"} & observed.step_seconds.keys():
                 took_s = observed.step_seconds.get("start", 0.0) + observed.step_seconds.get("warm", 0.0)
@@ -148,13 +151,15 @@ class Core:
 
     def _effect_done(self, turn: Turn, done: EffectDone) -> None:
         state = turn.state
-        acted = state.acting.pop(done.effect_id, None)
-        if acted is not None and not done.ok:
-            kind, instance_id = acted
-            if kind == "start":
-                state.failures[instance_id] = state.failures.get(instance_id, 0) + 1
-            elif kind == "drain":
-                state.draining.discard(instance_id)
+        acted = state.acting.get(done.effect_id)
+        if acted is not None and done.ok:
+            acted.done = True
+        elif acted is not None:
+            del state.acting[done.effect_id]
+            if acted.kind == "start":
+                state.failures[acted.instance_id] = state.failures.get(acted.instance_id, 0) + 1
+            elif acted.kind == "drain":
+                state.draining.discard(acted.instance_id)
         pending = state.solving.pop(done.effect_id, None)
         if pending is None or done.solution is None:
             return

@@ -23,7 +23,7 @@ from controller.fleet.port import (
     StopInstance,
 )
 from controller.loop.planning import drop_from_layout, lay_out
-from controller.loop.state import ChosenClock, Turn, rates_json
+from controller.loop.state import ActingStep, ChosenClock, Turn, rates_json
 from controller.policy.frequency import ClockChoice, InstanceLoad, choose_clock
 from controller.policy.routing import RoutableInstance, pools_for, routed_pools
 from controller.policy.transition import (
@@ -61,15 +61,15 @@ def reconcile(turn: Turn) -> None:
         frozenset(gpu.uuid for node in state.placeable_nodes(now_s) for gpu in node.gpus if gpu.usable),
         _capacity(turn, rates),
         TransitionSettings(),
-        # A layout that cannot be reached without a gap is still reached, least harm first: the alternative is to
-        # stay for ever on one that the slow loop found too small.
-        allow_shortfall=True,
+        # A layout that only saves energy is worth no gap. One that was too small is left even through a gap, least
+        # harm first: the alternative is to stay on it for ever.
+        allow_shortfall=state.layout_forced,
     )
     if transition.given_up:
         drop_from_layout(state, transition.given_up)
         lay_out(state, turn.now)
     before = len(turn.effects)
-    busy = set(state.acting.values())
+    busy = {(acting.kind, acting.instance_id) for acting in state.acting.values()}
     starting = sum(1 for a in actual if a.state in (InstanceState.STARTING, InstanceState.WARMING))
     for step in transition.steps:
         if step.kind is StepKind.RELABEL:
@@ -124,7 +124,7 @@ def _capacity(turn: Turn, rates: Mapping[RequestClass, float] | None) -> Capacit
 def _act(turn: Turn, step: Step) -> None:
     state = turn.state
     effect_id = turn.effect_id()
-    state.acting[effect_id] = (step.kind.value, step.instance_id)
+    state.acting[effect_id] = ActingStep(step.kind.value, step.instance_id, step.node_id)
     if step.kind is StepKind.START:
         turn.effects.append(
             StartInstance(

@@ -69,6 +69,11 @@ class LoadBook:
         """Seconds since the newest report of any gateway; None when there never was one."""
         return min((now_s - report.observed_at_s for report in self._last.values()), default=None)
 
+    @property
+    def any_arrived(self) -> bool:
+        """True once any gateway has reported a request."""
+        return any(counters.arrived for report in self._last.values() for counters in report.classes.values())
+
     def rates_rps(self, now_s: float, window_s: float) -> dict[RequestClass, float] | None:
         """Mean arrival rate per class over the last `window_s`; None when nothing was reported in it.
 

@@ -16,6 +16,7 @@ from controller.loop.state import Instant, State
 from controller.policy.forecast import ForecastSettings, LoadWindow, RateForecast, combine, forecast
 from controller.policy.milp.problem import PartitionResult, PlanProblem, PlanSolution, PoolDemand
 from controller.policy.placement import HeldInstance, Placed, place
+from controller.policy.stabilise import price
 
 # Spread assumed around a configured initial load, for which nothing was measured yet.
 _COLD_STD_RATIO = 0.2
@@ -81,8 +82,9 @@ def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | No
                 parts[request_class] = (*parts.get(request_class, ()), part)
     tokens = state.load.mean_tokens(now.monotonic_s, settings.max_age_s)
     seen_s = max((part.observed_s for seen in parts.values() for part in seen), default=0.0)
-    # A few seconds of load say less than the operator's own expectation.
-    if seen_s >= state.settings.load_window_s or (parts and not state.settings.initial_rps):
+    # Silence before the first request, and a few seconds of load, say less than the operator's own expectation.
+    warm = state.load.any_arrived and seen_s >= state.settings.load_window_s
+    if warm or (parts and not state.settings.initial_rps):
         return Demand(parts, tokens, cold=False)
     if state.settings.initial_rps:
         return Demand(
@@ -194,6 +196,49 @@ def say_counts(counts: Mapping[tuple[str, int], int]) -> str:
 def wanted_counts(state: State) -> dict[tuple[str, int], int]:
     """What all pool plans together want."""
     return {(pool, tp): n for pool, plan in state.pools.items() for tp, n in plan.counts.items() if n}
+
+
+def reachable(state: State, now: Instant, counts: Mapping[tuple[str, int], int], demand: Mapping[str, float]) -> bool:
+    """Can `counts` be reached while `demand` is carried all the way?
+
+    Yes when everything new fits beside everything that is there, or when what stays carries the demand alone.
+    """
+    held = sum(held.tp for held in _held(state, now))
+    present = state.layout.counts()
+    new = sum(tp * n for tp, n in started(present, counts).items())
+    if held + new <= state.usable_gpus(now.monotonic_s):
+        return True
+    kept = {key: min(n, present.get(key, 0)) for key, n in counts.items()}
+    return price(state.fit, kept, demand, state.usable_gpus(now.monotonic_s)).carries
+
+
+def started(current: Mapping[tuple[str, int], int], wanted: Mapping[tuple[str, int], int]) -> dict[int, int]:
+    """Instances by tp that `wanted` has beyond `current`; one that only changes its pool is not started."""
+    have: dict[int, int] = {}
+    need: dict[int, int] = {}
+    for (_, tp), n in current.items():
+        have[tp] = have.get(tp, 0) + n
+    for (_, tp), n in wanted.items():
+        need[tp] = need.get(tp, 0) + n
+    return {tp: n - have.get(tp, 0) for tp, n in sorted(need.items()) if n > have.get(tp, 0)}
+
+
+def transition_pending(state: State) -> bool:
+    """True while what is there is not yet what is wanted."""
+    wanted = state.layout.by_id()
+    ready = set()
+    for _, instance in state.instances().values():
+        if instance.instance_id in wanted:
+            if instance.state is InstanceState.READY:
+                ready.add(instance.instance_id)
+        elif instance.state not in (InstanceState.STOPPED, InstanceState.FAILED, InstanceState.QUARANTINED):
+            return True
+    return ready != set(wanted)
+
+
+def margin(load_ratio: float) -> float | None:
+    """Head-room: 1 - demand / capacity; None where there is no capacity at all."""
+    return 1.0 - load_ratio if load_ratio < float("inf") else None
 
 
 def lay_out(state: State, now: Instant) -> Placed:

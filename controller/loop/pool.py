@@ -10,19 +10,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from controller.domain.reasons import Level, Reason
-from controller.fleet.port import InstanceState, Solve
+from controller.fleet.port import Solve
 from controller.loop.planning import (
     build_problem,
     counts_json,
     demand_by_pool,
     expected_demand,
     lay_out,
+    margin,
     problem_json,
+    reachable,
     result_json,
     say_counts,
     solver_report,
+    started,
+    transition_pending,
+    wanted_counts,
 )
-from controller.loop.state import PendingSolve, State, Turn, plan_json
+from controller.loop.state import PendingSolve, Turn, plan_json
 from controller.policy.milp.fallback import fall_back
 from controller.policy.milp.problem import PlanSolution
 from controller.policy.stabilise import StabiliseSettings, judge, price
@@ -69,8 +74,15 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
     )
     reason, sentence, accept = verdict.reason, verdict.sentence, verdict.accept
     same = counts_json(counts) == counts_json(present_counts)
+    if (
+        accept
+        and reason is Reason.FORECAST_CHANGED
+        and not reachable(state, now, _in_cluster(turn, counts, pool), demand)
+    ):
+        accept, reason = False, Reason.NO_ROOM_TO_SWITCH
+        sentence = f"{say_counts(counts)} would save energy, but there is no way to it that carries the load."
     if over_grant:
-        accept = True
+        accept, reason, sentence = True, Reason.GRANT_CHANGED, "The cluster manager needs the GPUs elsewhere."
     if fallback:
         # With the grant too small, the most that it can carry is right, unless that is what already stands.
         reason, sentence, accept = fallback.reason, fallback.sentence, not same
@@ -84,6 +96,7 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
             decided_by=state.decision_numbers + 1,
             decided_at_s=now.monotonic_s,
         )
+        state.layout_forced = reason is not Reason.FORECAST_CHANGED
     placed = lay_out(state, now) if accept else None
     alternatives = [result_json(result) for result in solution.rejected]
     if not accept and not same and chosen is not None:
@@ -103,42 +116,20 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
         },
         alternatives=tuple(alternatives),
         predicted_power_w=(candidate if accept else present).power_w,
-        predicted_slo_margin=_margin((candidate if accept else present).load_ratio),
+        predicted_slo_margin=margin((candidate if accept else present).load_ratio),
         solver=solver_report(solution, len(problem.columns)),
         parent=plan.decided_by,
     )
     return fallback is not None and not fallback.carries and not pending.cold
 
 
-def started(current: Mapping[tuple[str, int], int], wanted: Mapping[tuple[str, int], int]) -> dict[int, int]:
-    """Instances by tp that `wanted` has beyond `current`; one that only changes its pool is not started."""
-    have: dict[int, int] = {}
-    need: dict[int, int] = {}
-    for (_, tp), n in current.items():
-        have[tp] = have.get(tp, 0) + n
-    for (_, tp), n in wanted.items():
-        need[tp] = need.get(tp, 0) + n
-    return {tp: n - have.get(tp, 0) for tp, n in sorted(need.items()) if n > have.get(tp, 0)}
-
-
-def transition_pending(state: State) -> bool:
-    """True while what is there is not yet what is wanted."""
-    wanted = state.layout.by_id()
-    ready = set()
-    for _, instance in state.instances().values():
-        if instance.instance_id in wanted:
-            if instance.state is InstanceState.READY:
-                ready.add(instance.instance_id)
-        elif instance.state not in (InstanceState.STOPPED, InstanceState.FAILED, InstanceState.QUARANTINED):
-            return True
-    return ready != set(wanted)
+def _in_cluster(turn: Turn, counts: Mapping[tuple[str, int], int], pool: str) -> dict[tuple[str, int], int]:
+    """The whole cluster's counts with one pool's replaced."""
+    others = {key: n for key, n in wanted_counts(turn.state).items() if key[0] != pool}
+    return {**others, **counts}
 
 
 def _say(present: Mapping[tuple[str, int], int], counts: Mapping[tuple[str, int], int], accept: bool, why: str) -> str:
     if accept:
         return f"From {say_counts(present)} to {say_counts(counts)}. {why}".strip()
     return f"Kept {say_counts(present)}. {why}".strip()
-
-
-def _margin(load_ratio: float) -> float | None:
-    return 1.0 - load_ratio if load_ratio < float("inf") else None

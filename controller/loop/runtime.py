@@ -42,8 +42,7 @@ from controller.fleet.port import (
 from controller.loop.core import Core
 from controller.loop.history import TransitionLog, WindowBook
 from controller.loop.load import LoadBook
-from controller.loop.planning import counts_json
-from controller.loop.pool import transition_pending
+from controller.loop.planning import counts_json, transition_pending
 from controller.loop.state import Instant, State
 from controller.policy.milp.model import solve
 from controller.store.records import ActionKind, ActionRecord, PlanRecord, Record

@@ -62,6 +62,17 @@ class PendingSolve:
 
 
 @dataclass(slots=True)
+class ActingStep:
+    """A start, drain or stop that was sent out. `done` once the node has answered; it stays until the node's next
+    observation, which shows what came of it."""
+
+    kind: str
+    instance_id: str
+    node_id: str
+    done: bool = False
+
+
+@dataclass(slots=True)
 class State:
     settings: LoopSettings
     profile: Profile
@@ -79,12 +90,13 @@ class State:
     pools: dict[str, PoolPlan] = field(default_factory=dict)
     layout_changed_s: float = float("-inf")
     solving: dict[str, PendingSolve] = field(default_factory=dict)
-    # Effects under way: id -> (kind, instance id), so that a reconcile does not repeat them.
-    acting: dict[str, tuple[str, str]] = field(default_factory=dict)
+    # Steps under way by effect id, so that a reconcile does not repeat them.
+    acting: dict[str, ActingStep] = field(default_factory=dict)
     # The pool each instance is routed as; a relabel changes it without a restart.
     routed_as: dict[str, str] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)
-    given_up: int = 0
+    # The layout was changed because the one before could not carry the demand: it may be reached through a gap.
+    layout_forced: bool = False
     failures: dict[str, int] = field(default_factory=dict)
     clocks: dict[str, ChosenClock] = field(default_factory=dict)
     measured_start_s: dict[int, float] = field(default_factory=dict)  # by tp, the longest seen

@@ -150,7 +150,7 @@ def _curve(profile: Profile, points: Sequence[OperatingPoint], safety_margin: fl
 
 def _knee(points: Sequence[OperatingPoint], weights: Sequence[float], slo: Slo) -> float:
     """Largest load in SLO: the last measured one, plus the way to the next as far as attainment and gap allow."""
-    attainment = [-value for value in _rising([-p.attainment for p in points], weights)]
+    attainment = [-value for value in _rising([-p.attainment_worst for p in points], weights)]
     gap = _rising([p.gap_p99_ms for p in points], weights)
     good = [a >= slo.attainment and g <= slo.token_gap_p99_ms for a, g in zip(attainment, gap, strict=True)]
     if not good[0]:

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
 from sqlalchemy import URL, Connection, Engine, QueuePool, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    DisconnectionError,
+    IntegrityError,
+    NotSupportedError,
+    SQLAlchemyError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -85,7 +94,9 @@ def writing(engine: Engine) -> Iterator[Connection]:
         with engine.execution_options(sqlite_begin="BEGIN IMMEDIATE").begin() as connection:
             yield connection
     except SQLAlchemyError as error:
-        raise StoreUnavailable(first_line(error)) from error
+        if is_unavailable(error):
+            raise StoreUnavailable(first_line(error)) from error
+        raise
 
 
 @contextmanager
@@ -95,13 +106,33 @@ def reading(engine: Engine) -> Iterator[Session]:
         with Session(engine, expire_on_commit=False) as session:
             yield session
     except SQLAlchemyError as error:
-        raise StoreUnavailable(first_line(error)) from error
+        if is_unavailable(error):
+            raise StoreUnavailable(first_line(error)) from error
+        raise
+
+
+def is_unavailable(error: Exception) -> bool:
+    """Does the database fail, or has it refused what was asked of it? What would fail for everything alike is the
+    database: gone, locked, full, read-only, damaged, without its tables."""
+    if isinstance(error, IntegrityError | DataError | NotSupportedError):
+        return False
+    return isinstance(error, DBAPIError | PoolTimeout | DisconnectionError)
+
+
+def first_line(error: BaseException) -> str:
+    """What the driver said, as the end of a sentence."""
+    cause = getattr(error, "orig", None) or error
+    text = str(cause).strip()
+    return (text.splitlines()[0] if text else type(cause).__name__).rstrip(".")
 
 
 def _sqlite_engine(url: URL, patience_s: float, create: bool) -> Engine:
     path = Path(url.database or "").absolute()
-    # Without `create` a missing file is an error: SQLite would make an empty database of it.
-    uri = f"file:{quote(str(path))}?mode={'rwc' if create else 'rw'}"
+    if create:
+        with suppress(OSError):  # the first connection says it better
+            path.touch(mode=0o640)  # an empty file is an empty database
+    # mode=rw: a file that is missing later is an error, and not replaced by an empty database.
+    uri = f"file:{quote(str(path))}?mode=rw"
 
     def connect() -> sqlite3.Connection:
         # isolation_level=None: transactions begin where SQLAlchemy says so (see `begin`), not where the driver guesses.
@@ -167,12 +198,6 @@ def _postgres_engine(url: URL, patience_s: float) -> Engine:
             "keepalives_count": 3,
         },
     )
-
-
-def first_line(error: BaseException) -> str:
-    cause = getattr(error, "orig", None) or error
-    text = str(cause).strip()
-    return (text.splitlines()[0] if text else type(cause).__name__).rstrip(".")
 
 
 def _hint(url: URL) -> str:

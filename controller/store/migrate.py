@@ -13,10 +13,9 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import SQLAlchemyError
 
 from common.errors import EXIT_UNAVAILABLE, UserError
-from controller.store.engine import StoreUnavailable, describe, first_line, writing
+from controller.store.engine import StoreUnavailable, describe, reading, writing
 
 # Any number will do, as long as every version of this project takes the same.
 _POSTGRES_LOCK = 7_264_510
@@ -34,11 +33,8 @@ def downgrade(engine: Engine, revision: str) -> str:
 
 def current(engine: Engine) -> str | None:
     """The database's revision; None when it has no schema of ours. Raises StoreUnavailable."""
-    try:
-        with engine.connect() as connection:
-            return MigrationContext.configure(connection).get_current_revision()
-    except SQLAlchemyError as error:
-        raise StoreUnavailable(first_line(error)) from error
+    with reading(engine) as session:
+        return MigrationContext.configure(session.connection()).get_current_revision()
 
 
 def head() -> str:
@@ -54,23 +50,33 @@ def require_current(engine: Engine) -> None:
     found, wanted = current(engine), head()
     if found == wanted:
         return
-    where = f"the database {describe(str(engine.url))}"
     if found is None:
-        raise UserError(f"{where} has no tables yet.", "Run `dynamollm db upgrade`.")
-    known = {script.revision for script in ScriptDirectory.from_config(_config(None)).walk_revisions()}
-    if found in known:
-        raise UserError(
-            f"{where} is at revision {found}, this version needs {wanted}.",
-            "Stop the controller, keep a copy, and run `dynamollm db upgrade`.",
-        )
+        raise UserError(f"{_named(engine)} has no tables yet.", "Run `dynamollm db upgrade`.")
+    _require_known(engine, found)
     raise UserError(
-        f"{where} is at revision {found}, which this version does not know: a newer one made it.",
-        "Install that version, or point to another database.",
+        f"{_named(engine)} is at revision {found}, this version needs {wanted}.",
+        "Stop the controller, keep a copy, and run `dynamollm db upgrade`.",
     )
+
+
+def _require_known(engine: Engine, found: str) -> None:
+    known = {script.revision for script in ScriptDirectory.from_config(_config(None)).walk_revisions()}
+    if found not in known:
+        raise UserError(
+            f"{_named(engine)} is at revision {found}, which this version does not know: a newer one made it.",
+            "Install that version, or point to another database.",
+        )
+
+
+def _named(engine: Engine) -> str:
+    return f"the database {describe(str(engine.url))}"
 
 
 def _migrate(engine: Engine, direction: str, revision: str) -> str:
     try:
+        found = current(engine)
+        if found is not None:
+            _require_known(engine, found)
         with writing(engine) as connection:
             if connection.dialect.name == "postgresql":
                 # One at a time; and a table of years may take longer than any ordinary statement.
@@ -80,7 +86,7 @@ def _migrate(engine: Engine, direction: str, revision: str) -> str:
             return MigrationContext.configure(connection).get_current_revision() or "base"
     except StoreUnavailable as error:
         raise UserError(
-            f"the database {describe(str(engine.url))} could not be migrated: {error}.",
+            f"{_named(engine)} could not be migrated: {error}.",
             "Nothing was changed. Stop whatever else uses it and try again.",
             EXIT_UNAVAILABLE,
         ) from error

@@ -8,12 +8,13 @@ tell how things stand, are the exceptions.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import (
     BigInteger,
     DateTime,
     Dialect,
+    Double,
     ForeignKeyConstraint,
     Index,
     Integer,
@@ -50,10 +51,11 @@ Name = String()  # no length: node and instance names come from elsewhere
 
 
 class Base(DeclarativeBase):
+    type_annotation_map: ClassVar = {float: Double()}
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s",
             "fk": "fk_%(table_name)s_%(referred_table_name)s",
             "pk": "pk_%(table_name)s",
         }

@@ -142,7 +142,7 @@ class Recorder:
                 self._take_over()
         lost = self.counts().in_memory
         if lost:
-            log.error("history lost at close", values=lost, why=self.counts().last_error)
+            log.error("history_lost_at_close", values=lost, why=self.counts().last_error)
         return lost == 0
 
     # ------------------------------------------------------------------------------------------- the thread
@@ -152,7 +152,7 @@ class Recorder:
             try:
                 self._work()
             except Exception:  # a defect here must not end the writing of history for good
-                log.exception("history recorder stumbled")
+                log.exception("history_recorder_stumbled")
                 time.sleep(self._retry_s)
 
     def _wait(self) -> bool:
@@ -237,7 +237,7 @@ class Recorder:
             if not self._taken_over:
                 self._spool.advance(lines)
                 if self._spool.is_empty:
-                    log.info("spooled history is in the database")
+                    log.info("history_spool_drained")
         with self._changed:
             self._changed.notify_all()
 
@@ -263,7 +263,7 @@ class Recorder:
                 database_ok=True,
             )
         if back:
-            log.info("the history database answers again", spooled_bytes=self._spool.size_bytes)
+            log.info("history_database_back", spooled_bytes=self._spool.size_bytes)
         return True
 
     def _append_to_spool(self, rows: list[Row]) -> int:
@@ -278,7 +278,7 @@ class Recorder:
             if full:
                 self._totals = replace(self._totals, last_error=self._spool.last_error)
         if first:
-            log.error("history waits in memory: neither database nor spool takes it", why=self._spool.last_error)
+            log.error("history_only_in_memory", why=self._spool.last_error)
         return safe
 
     def _failed(self, why: str) -> None:
@@ -287,11 +287,11 @@ class Recorder:
             self._totals = replace(self._totals, database_ok=False, last_error=why)
             self._retry_at_s = time.monotonic() + self._retry_s
         if first:
-            log.warning("the history database fails: history goes to the spool", why=why)
+            log.warning("history_goes_to_spool", why=why)
 
     def _refuse(self, text: str, why: str) -> None:
         """Sets aside what can never be written, for a person to look at."""
-        log.error("a row of history was refused", why=why, file=str(self._refused_path))
+        log.error("history_row_refused", why=why, file=str(self._refused_path))
         with self._changed:
             self._totals = replace(self._totals, refused=self._totals.refused + 1, last_error=why)
         with suppress(OSError), self._refused_path.open("a") as file:

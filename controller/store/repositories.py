@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, Table, case, func, select
-from sqlalchemy import exc as sa_errors
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -20,7 +19,7 @@ from controller.domain.decision import Decision
 from controller.domain.gpu_state import GpuState
 from controller.domain.reasons import Level
 from controller.store.codec import Row, to_decision, to_decision_outcome, to_node, to_plan, to_row
-from controller.store.engine import StoreUnavailable, first_line, reading, writing
+from controller.store.engine import StoreUnavailable, first_line, is_unavailable, reading, writing
 from controller.store.models import (
     ActionModel,
     Base,
@@ -60,7 +59,7 @@ def write_rows(engine: Engine, rows: Sequence[Row]) -> int:
         with connection, connection.begin():
             return sum(_insert(connection, table, values) for table, values in _by_table(rows))
     except Exception as error:
-        if _is_unavailable(error):
+        if is_unavailable(error):
             raise StoreUnavailable(first_line(error)) from error
         raise RowRefused(first_line(error)) from error
 
@@ -259,12 +258,4 @@ def _insert(connection: Connection, table_name: str, values: list[dict[str, Any]
         )
     else:
         statement = insert.on_conflict_do_nothing()
-    return connection.execute(statement, values).rowcount
-
-
-def _is_unavailable(error: Exception) -> bool:
-    """Is it the database that fails, or a row that it refuses? What fails for every row alike is the database:
-    gone, locked, full, read-only, damaged, without its tables."""
-    if isinstance(error, sa_errors.IntegrityError | sa_errors.DataError | sa_errors.NotSupportedError):
-        return False
-    return isinstance(error, sa_errors.DBAPIError | sa_errors.TimeoutError | sa_errors.DisconnectionError)
+    return connection.execute(statement, values, execution_options={"preserve_rowcount": True}).rowcount

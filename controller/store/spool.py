@@ -72,13 +72,16 @@ class Spool:
 
     def peek(self, count: int, limit_bytes: int = 4 * 1024 * 1024) -> list[bytes]:
         """Up to `count` of the oldest lines; at least one if there is any. Raises OSError."""
-        want = limit_bytes
         while True:
-            data = os.pread(self._file, min(want, self._size - self._drained), self._drained)
+            want = min(limit_bytes, self.size_bytes)
+            data = os.pread(self._file, want, self._drained)
             end = data.rfind(b"\n") + 1
-            if end or len(data) == self._size - self._drained:
+            if len(data) < want:  # somebody has cut the file: what is gone cannot be waited for
+                self._size = self._drained + end
+                self.last_error = f"{self.path} was cut by somebody else"
+            if end or not data:
                 return data[:end].splitlines(keepends=True)[:count]
-            want *= 2  # a single line longer than that
+            limit_bytes *= 2  # the first line is longer than that
 
     def advance(self, lines: Sequence[bytes]) -> None:
         """The lines, as peeked, are in the database: they need not wait any longer."""

@@ -19,6 +19,14 @@ from nodeagent.gpu.inventory import Inventory
 log = get_logger(__name__)
 
 
+def nothing_left(path: Path) -> bool:
+    """Whether the journal can be read and is empty."""
+    try:
+        return not load(path)[1]
+    except JournalUnreadable:
+        return False
+
+
 def recover_journal(path: Path, boot_id: str, inventory: Inventory, clock: Clock) -> Journal:
     """The journal as left behind; with everything this agent may touch if it cannot be read."""
     try:

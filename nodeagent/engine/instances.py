@@ -7,22 +7,21 @@ stable state. Every change goes through the table in lifecycle.py, to disk, and 
 from __future__ import annotations
 
 import asyncio
-import re
-import socket
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
 
 from common.clock import Clock
 from common.logs import get_logger
 from nodeagent.config import NodeAgentConfig
+from nodeagent.engine.command import check_spec, command_line, free_port
 from nodeagent.engine.feed import InstanceFeed, InstanceView
 from nodeagent.engine.launcher import Launch, Launcher, LaunchFailed
 from nodeagent.engine.lifecycle import ANSWERING, ENDED, RUNNING, Event, State, follow
 from nodeagent.engine.proof import occupied
 from nodeagent.engine.records import Record, Records, Spec
 from nodeagent.engine.vllm import EngineSilent, VllmClient
-from nodeagent.errors import AlreadyExists, Invalid, NotFound, Precondition, Unavailable
+from nodeagent.errors import AlreadyExists, NotFound, Precondition, Unavailable
 from nodeagent.gpu.driver import GpuHealth
 from nodeagent.gpu.inventory import Inventory
 from nodeagent.telemetry.metrics import AgentMetrics
@@ -71,7 +70,7 @@ class Instances:
 
     async def start(self, spec: Spec, reason: str) -> InstanceView:
         """Launches an instance; the same spec again returns what is there. Raises Refused."""
-        _check(spec)
+        check_spec(spec)
         async with self._starting:
             known = self._records.get(spec.instance_id)
             if known is not None and known.state not in ENDED:
@@ -85,7 +84,7 @@ class Instances:
                 detail=reason or "starting",
                 boot_id=self._boot_id,
                 token=uuid.uuid4().hex,
-                port=self._free_port(),
+                port=free_port(self._ports_in_use(), self._config),
                 log_path=str(self._log_dir / f"{spec.instance_id}.log"),
                 since_s=self._clock.monotonic_s(),
             )
@@ -129,7 +128,7 @@ class Instances:
             self._begin(instance_id, self._take_down(instance_id))
         return self._view(self._records[instance_id])
 
-    def list(self) -> list[InstanceView]:
+    def views(self) -> list[InstanceView]:
         """Every instance, oldest first."""
         return [self._view(record) for record in self._records.values()]
 
@@ -243,7 +242,10 @@ class Instances:
         if process is not None:
             self._launcher.terminate(process)
             deadline_s = self._clock.monotonic_s() + self._config.stop_timeout_s
-            while self._launcher.alive(process) and self._clock.monotonic_s() < deadline_s:
+            while self._launcher.alive(process):
+                if self._clock.monotonic_s() > deadline_s:
+                    log.warning("engine does not end when asked to", instance=instance_id)
+                    break
                 await asyncio.sleep(FREE_PAUSE_S)
             self._launcher.kill(process)  # workers that outlived their leader, or a leader that would not go
         await self._until_free(instance_id, self._clock.monotonic_s() + self._config.gpu_free_timeout_s)
@@ -307,7 +309,22 @@ class Instances:
         before = self._tasks.get(instance_id)
         if before is not None and before is not asyncio.current_task():
             before.cancel()
-        self._tasks[instance_id] = asyncio.get_running_loop().create_task(step, name=f"instance {instance_id}")
+        task = asyncio.get_running_loop().create_task(step)
+        task.add_done_callback(lambda done: self._step_ended(instance_id, done))
+        self._tasks[instance_id] = task
+
+    def _step_ended(self, instance_id: str, task: asyncio.Task[None]) -> None:
+        """A step never raises; should one do so all the same, the instance must not stay where it is for ever."""
+        if task.cancelled() or task.exception() is None:
+            return
+        log.error("internal error", instance=instance_id, exc_info=task.exception())
+        record = self._records.get(instance_id)
+        if record is None or self._tasks.get(instance_id) is not task:
+            return
+        if record.state in RUNNING:
+            self._fail(instance_id, f"internal error: {task.exception()!r}")
+        elif record.state is State.STOPPING:
+            self._move(instance_id, Event.NOT_FREED, f"internal error: {task.exception()!r}; stop it again")
 
     def _prune(self) -> None:
         ended = [instance_id for instance_id, record in self._records.items() if record.state in ENDED]
@@ -359,30 +376,13 @@ class Instances:
             raise Precondition(f"{name!r} got new work after its drain ({reading.running:g} running); draining again")
 
     def _launch(self, record: Record) -> Launch:
-        config, spec = self._config, record.spec
-        path = config.model_paths.get(spec.model)
-        argv = (
-            *config.command,
-            *("serve", path or spec.model),
-            *(("--served-model-name", spec.model) if path else ()),
-            *("--tensor-parallel-size", str(len(spec.gpu_uuids))),
-            *("--host", config.listen_host),
-            *("--port", str(record.port)),
-            *config.args,
-        )
-        env = config.env | {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpu_uuids)}
+        spec = record.spec
+        env = self._config.env | {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpu_uuids)}
+        argv = command_line(spec, record.port, self._config)
         return Launch(spec.instance_id, record.token, argv, env, Path(record.log_path))
 
-    def _free_port(self) -> int:
-        config = self._config
-        taken = {record.port for record in self._records.values() if record.state not in ENDED}
-        if config.first_port == 0:
-            return _bound_port(config.listen_host, 0)
-        for port in range(config.first_port, config.first_port + config.port_count):
-            if port not in taken and _bound_port(config.listen_host, port):
-                return port
-        last = config.first_port + config.port_count - 1
-        raise Precondition(f"no free port from {config.first_port} to {last} for another engine")
+    def _ports_in_use(self) -> set[int]:
+        return {record.port for record in self._records.values() if record.state not in ENDED}
 
     def _url(self, record: Record) -> str:
         """Where the agent itself reaches the engine."""
@@ -401,29 +401,6 @@ class Instances:
     def _died(self, record: Record) -> str:
         how = self._launcher.exit_text(record.process) if record.process is not None else ""
         return f"the engine ended by itself{f' ({how})' if how else ''}; {_last_line(record.log_path)}"
-
-
-def _check(spec: Spec) -> None:
-    if not re.fullmatch(r"[a-z0-9-]{1,63}", spec.instance_id):
-        raise Invalid(f"instance_id {spec.instance_id!r} is not of [a-z0-9-]{{1,63}}")
-    if not spec.model or spec.model.startswith("-") or len(spec.model) > 1024 or "\0" in spec.model:
-        raise Invalid("model is not a model's name")
-    if not spec.gpu_uuids:
-        raise Invalid("gpu_uuids is empty")
-    if len(set(spec.gpu_uuids)) != len(spec.gpu_uuids):
-        raise Invalid("gpu_uuids names a GPU twice")
-
-
-def _bound_port(host: str, port: int) -> int:
-    """The port if it can be bound now (for 0, the one the kernel chose), else 0."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return 0
-        return int(probe.getsockname()[1])
 
 
 def _last_line(log_path: str) -> str:

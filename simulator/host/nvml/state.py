@@ -23,9 +23,9 @@ from simulator.host.nvml.layout import MAX_GPUS, MAX_IDLE_POINTS, CConfig, CFaul
 STATE_VARIABLE = "DYNAMOLLM_NVML_STATE"
 MIB = 1 << 20
 
-# Power with a context and no work: 72 W + 50 W · f/1980 · (V/Vmax)², V/Vmax = 0.757 below 1000 MHz, then linear to 1; H100
-# reference data (docs/physics.md). Callers with physics of their own pass a table made from it.
-IDLE_POWER_W = ((210, 75.0), (1005, 86.6), (1305, 94.1), (1605, 104.6), (1800, 113.2), (1980, 122.0))
+# Power with a context and no work: 72 W + 50 W · f/1980 · (V/Vmax)², V/Vmax = 0.757 below 1000 MHz, then linear to 1.
+# H100 reference data (docs/physics.md). Callers with physics of their own pass a table made from it.
+IDLE_POWER_W = ((210, 75.0), (1005, 86.6), (1305, 94.8), (1605, 105.3), (1800, 113.5), (1980, 122.0))
 
 
 class Calls(enum.Flag):

@@ -35,18 +35,18 @@ def upgrade() -> None:
         sa.Column("alternatives", sa.Text, nullable=False),
         sa.Column("outcome", sa.Text, nullable=False),
         sa.Column("effects", sa.Text, nullable=False),
-        sa.Column("predicted_power_w", sa.Float),
-        sa.Column("predicted_slo_margin", sa.Float),
+        sa.Column("predicted_power_w", sa.Double),
+        sa.Column("predicted_slo_margin", sa.Double),
         sa.Column("solver", sa.String),
         sa.Column("solver_status", sa.String),
-        sa.Column("objective_w", sa.Float),
-        sa.Column("bound_w", sa.Float),
-        sa.Column("gap", sa.Float),
-        sa.Column("solve_ms", sa.Float),
+        sa.Column("objective_w", sa.Double),
+        sa.Column("bound_w", sa.Double),
+        sa.Column("gap", sa.Double),
+        sa.Column("solve_ms", sa.Double),
         sa.Column("solver_columns", sa.Integer),
         sa.Column("parent", sa.BigInteger),
         sa.PrimaryKeyConstraint("id", name="pk_decisions"),
-        sa.UniqueConstraint("term", "number", name="uq_decisions_term_number"),
+        sa.UniqueConstraint("term", "number", name="uq_decisions"),
     )
     op.create_index("ix_decisions_decided_at", "decisions", ["decided_at"])
     op.create_index("ix_decisions_level_scope_decided_at", "decisions", ["level", "scope", "decided_at"])
@@ -56,13 +56,13 @@ def upgrade() -> None:
         sa.Column("term", sa.BigInteger, autoincrement=False, nullable=False),
         sa.Column("number", sa.BigInteger, autoincrement=False, nullable=False),
         sa.Column("measured_at", TIME, nullable=False),
-        sa.Column("window_s", sa.Float, nullable=False),
-        sa.Column("power_w", sa.Float),
-        sa.Column("energy_j", sa.Float),
-        sa.Column("load_rps", sa.Float),
-        sa.Column("slo_attainment", sa.Float),
-        sa.Column("ttft_p99_ms", sa.Float),
-        sa.Column("token_gap_p99_ms", sa.Float),
+        sa.Column("window_s", sa.Double, nullable=False),
+        sa.Column("power_w", sa.Double),
+        sa.Column("energy_j", sa.Double),
+        sa.Column("load_rps", sa.Double),
+        sa.Column("slo_attainment", sa.Double),
+        sa.Column("ttft_p99_ms", sa.Double),
+        sa.Column("token_gap_p99_ms", sa.Double),
         sa.Column("detail", sa.Text, nullable=False),
         sa.PrimaryKeyConstraint("term", "number", name="pk_decision_outcomes"),
         sa.ForeignKeyConstraint(
@@ -87,9 +87,9 @@ def upgrade() -> None:
         sa.Column("ok", sa.Boolean, nullable=False),
         sa.Column("detail", sa.Text, nullable=False),
         sa.Column("started_at", TIME, nullable=False),
-        sa.Column("duration_s", sa.Float, nullable=False),
+        sa.Column("duration_s", sa.Double, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_actions"),
-        sa.UniqueConstraint("term", "effect_id", name="uq_actions_term_effect_id"),
+        sa.UniqueConstraint("term", "effect_id", name="uq_actions"),
     )
     op.create_index("ix_actions_started_at", "actions", ["started_at"])
     op.create_index("ix_actions_term_decision", "actions", ["term", "decision"])
@@ -99,17 +99,17 @@ def upgrade() -> None:
         sa.Column("id", ROW_ID, autoincrement=True, nullable=False),
         sa.Column("term", sa.BigInteger, nullable=False),
         sa.Column("window_start", TIME, nullable=False),
-        sa.Column("window_s", sa.Float, nullable=False),
+        sa.Column("window_s", sa.Double, nullable=False),
         sa.Column("node_id", sa.String, nullable=False),
         sa.Column("gpu_uuid", sa.String, nullable=False),
         sa.Column("state", sa.String, nullable=False),
         sa.Column("pool", sa.String, nullable=False),
         sa.Column("instance_id", sa.String, nullable=False),
-        sa.Column("seconds", sa.Float, nullable=False),
-        sa.Column("energy_j", sa.Float),
+        sa.Column("seconds", sa.Double, nullable=False),
+        sa.Column("energy_j", sa.Double),
         sa.Column("energy_source", sa.String, nullable=False),
-        sa.Column("mean_power_w", sa.Float),
-        sa.Column("mean_sm_mhz", sa.Float),
+        sa.Column("mean_power_w", sa.Double),
+        sa.Column("mean_sm_mhz", sa.Double),
         sa.PrimaryKeyConstraint("id", name="pk_telemetry_minute"),
         sa.UniqueConstraint(
             "term",
@@ -118,7 +118,7 @@ def upgrade() -> None:
             "state",
             "pool",
             "instance_id",
-            name="uq_telemetry_minute_term_window_start_gpu_uuid_state_pool_instance_id",
+            name="uq_telemetry_minute",
         ),
     )
     op.create_index("ix_telemetry_minute_window_start", "telemetry_minute", ["window_start"])
@@ -137,7 +137,7 @@ def upgrade() -> None:
             "window_start",
             "model",
             "request_class",
-            name="uq_load_minute_term_window_start_model_request_class",
+            name="uq_load_minute",
         ),
     )
     op.create_index("ix_load_minute_window_start", "load_minute", ["window_start"])
@@ -147,14 +147,12 @@ def upgrade() -> None:
         *_class_window_columns(),
         sa.Column("requests", sa.BigInteger, nullable=False),
         sa.Column("in_slo", sa.BigInteger, nullable=False),
-        sa.Column("ttft_p50_ms", sa.Float),
-        sa.Column("ttft_p99_ms", sa.Float),
-        sa.Column("token_gap_p50_ms", sa.Float),
-        sa.Column("token_gap_p99_ms", sa.Float),
+        sa.Column("ttft_p50_ms", sa.Double),
+        sa.Column("ttft_p99_ms", sa.Double),
+        sa.Column("token_gap_p50_ms", sa.Double),
+        sa.Column("token_gap_p99_ms", sa.Double),
         sa.PrimaryKeyConstraint("id", name="pk_slo_minute"),
-        sa.UniqueConstraint(
-            "term", "window_start", "model", "request_class", name="uq_slo_minute_term_window_start_model_request_class"
-        ),
+        sa.UniqueConstraint("term", "window_start", "model", "request_class", name="uq_slo_minute"),
     )
     op.create_index("ix_slo_minute_window_start", "slo_minute", ["window_start"])
 
@@ -168,14 +166,14 @@ def upgrade() -> None:
         sa.Column("pool", sa.String, nullable=False),
         sa.Column("reason", sa.String, nullable=False),
         sa.Column("started_at", TIME, nullable=False),
-        sa.Column("duration_s", sa.Float, nullable=False),
+        sa.Column("duration_s", sa.Double, nullable=False),
         sa.Column("completed", sa.Boolean, nullable=False),
         sa.Column("starts", sa.Integer, nullable=False),
         sa.Column("stops", sa.Integer, nullable=False),
         sa.Column("layout_before", sa.Text, nullable=False),
         sa.Column("layout_after", sa.Text, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_transitions"),
-        sa.UniqueConstraint("term", "transition_id", name="uq_transitions_term_transition_id"),
+        sa.UniqueConstraint("term", "transition_id", name="uq_transitions"),
     )
     op.create_index("ix_transitions_started_at", "transitions", ["started_at"])
 
@@ -188,7 +186,7 @@ def upgrade() -> None:
         sa.Column("layout", sa.Text, nullable=False),
         sa.Column("pools", sa.Text, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_plans"),
-        sa.UniqueConstraint("term", "number", name="uq_plans_term_number"),
+        sa.UniqueConstraint("term", "number", name="uq_plans"),
     )
 
     op.create_table(
@@ -244,7 +242,7 @@ def _class_window_columns() -> list[sa.Column[Any]]:
         sa.Column("id", ROW_ID, autoincrement=True, nullable=False),
         sa.Column("term", sa.BigInteger, nullable=False),
         sa.Column("window_start", TIME, nullable=False),
-        sa.Column("window_s", sa.Float, nullable=False),
+        sa.Column("window_s", sa.Double, nullable=False),
         sa.Column("model", sa.String, nullable=False),
         sa.Column("request_class", sa.String, nullable=False),
     ]

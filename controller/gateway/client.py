@@ -1,0 +1,176 @@
+"""To the controller: the newest routing table comes in on a stream, load reports go out.
+
+The gateway serves on without its controller: the last table stays in force, streams are tried again for ever, and a
+restarted controller's empty table, published before it has read its nodes, does not wipe out a working one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+
+import grpc
+
+from common.clock import Clock
+from common.logs import get_logger
+from controller.api.wire import routing_from_wire, timestamp
+from controller.fleet.port import QueueObservation, RoutingTable
+from controller.gateway.load import Histogram, LoadMeter
+from dynamollm.v1 import controller_pb2 as pb
+from dynamollm.v1 import controller_pb2_grpc as rpc
+from dynamollm.v1 import types_pb2 as types
+
+_log = get_logger(__name__)
+# gRPC keeps an idle channel in back-off for up to two minutes by default; a controller restarts in seconds. Pings find
+# a controller whose host has vanished without closing the connection.
+_CHANNEL_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+RETRY_S = (0.2, 2.0)
+REPORT_DEADLINE_S = 2.0
+
+
+def supersedes(new: RoutingTable, old: RoutingTable | None) -> bool:
+    """Whether a table takes the place of the one in force.
+
+    A term that is behind comes from a controller that has been replaced. A later term begins with what its controller
+    knows, which is nothing until its agents have answered: an empty table then is silence, not an order, and the old
+    one holds until instances are listed. Within one term an empty table means what it says.
+    """
+    if old is None:
+        return True
+    if new.term != old.term:
+        return new.term > old.term and any(pool.instances for pool in new.pools)
+    return new.version >= old.version
+
+
+class ControllerClient:
+    """Keeps `on_table` informed and the controller too. `models` and `queues` are asked at each report."""
+
+    def __init__(
+        self,
+        address: str,
+        gateway_id: str,
+        epoch: str,
+        clock: Clock,
+        report_interval_s: float,
+        meter: LoadMeter,
+        on_table: Callable[[RoutingTable], None],
+        models: Callable[[], Iterable[str]],
+        queues: Callable[[float], Mapping[str, QueueObservation]],
+    ) -> None:
+        self.connected = False
+        self.reports_failed = 0
+        self._gateway_id = gateway_id
+        self._epoch = epoch
+        self._clock = clock
+        self._interval_s = report_interval_s
+        self._meter = meter
+        self._on_table = on_table
+        self._models = models
+        self._queues = queues
+        self._table: RoutingTable | None = None
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = rpc.ControllerStub(self._channel)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._watch())
+                group.create_task(self._report())
+        finally:
+            await self._channel.close()
+
+    async def _watch(self) -> None:
+        """Follows the routing stream; every break is logged once and tried again."""
+        delay_s, told = RETRY_S[0], False
+        while True:
+            try:
+                async for message in self._stub.WatchRouting(pb.WatchRoutingRequest(gateway_id=self._gateway_id)):
+                    if not self.connected:
+                        _log.info("controller_connected", term=message.term, version=message.version)
+                    self.connected, delay_s, told = True, RETRY_S[0], False
+                    self._take(message)
+                reason = "the controller ended the stream"
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+            if self.connected or not told:
+                _log.warning(
+                    "controller_lost", reason=reason, kept_version=self._table.version if self._table else None
+                )
+            self.connected, told = False, True
+            await asyncio.sleep(delay_s)
+            delay_s = min(RETRY_S[1], delay_s * 1.5)
+
+    def _take(self, message: pb.WatchRoutingResponse) -> None:
+        try:
+            table = routing_from_wire(message)
+        except ValueError as error:
+            _log.error("routing_table_refused", term=message.term, version=message.version, reason=str(error))
+            return
+        if supersedes(table, self._table):
+            self._table = table
+            self._on_table(table)
+        else:
+            kept = self._table
+            _log.warning(
+                "routing_table_not_taken",
+                term=table.term,
+                version=table.version,
+                kept_term=kept.term if kept else None,
+                kept_version=kept.version if kept else None,
+            )
+
+    async def _report(self) -> None:
+        """Reports are cumulative: one that is lost is made up for by the next."""
+        told = False
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                await self._stub.ReportLoad(self.report(), timeout=REPORT_DEADLINE_S)
+                told = False
+            except grpc.aio.AioRpcError as error:
+                self.reports_failed += 1
+                if not told:
+                    _log.warning("load_report_failed", reason=f"{error.code().name}: {error.details()}")
+                told = True
+
+    def report(self) -> pb.ReportLoadRequest:
+        """All counters as they stand."""
+        classes = self._meter.classes(self._models())
+        queues = self._queues(self._clock.monotonic_s())
+        return pb.ReportLoadRequest(
+            gateway_id=self._gateway_id,
+            epoch=self._epoch,
+            reported_at=timestamp(self._clock.wall_s()),
+            classes=[
+                pb.ClassLoad(
+                    model=model,
+                    request_class=str(request_class),
+                    arrived=meter.arrived,
+                    completed=meter.completed,
+                    failed=meter.failed,
+                    in_slo=meter.in_slo,
+                    input_tokens=meter.input_tokens,
+                    output_tokens=meter.output_tokens,
+                    ttft_seconds=_histogram(meter.ttft_s),
+                    token_gap_seconds=_histogram(meter.gap_s),
+                )
+                for (model, request_class), meter in classes.items()
+            ],
+            queues=[
+                pb.PoolQueue(
+                    pool=pool, waiting=queue.waiting, in_flight=queue.in_flight, oldest_wait_s=queue.oldest_wait_s
+                )
+                for pool, queue in queues.items()
+            ],
+        )
+
+
+def _histogram(histogram: Histogram) -> types.Histogram:
+    return types.Histogram(bounds=histogram.bounds, counts=histogram.cumulative(), sum=histogram.sum)

@@ -1,0 +1,82 @@
+"""The gateway's Prometheus metrics, read from the relay's own counters when scraped: nothing is counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from common.clock import Clock
+from controller.gateway.client import ControllerClient
+from controller.gateway.load import Histogram
+from controller.gateway.relay import Relay
+
+
+def make_registry(relay: Relay, controller: ControllerClient, clock: Clock) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(_GatewayCollector(relay, controller, clock))
+    return registry
+
+
+class _GatewayCollector(Collector):
+    def __init__(self, relay: Relay, controller: ControllerClient, clock: Clock) -> None:
+        self._relay = relay
+        self._controller = controller
+        self._clock = clock
+
+    def describe(self) -> list[Metric]:
+        """Empty: registering must not scrape."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        relay, dispatcher = self._relay, self._relay.dispatcher
+        requests = CounterMetricFamily(
+            "dynamollm_gateway_requests", "Requests ended, by outcome and routing class.", labels=["outcome", "class"]
+        )
+        for (outcome, routed_as), count in relay.outcomes.items():
+            requests.add_metric([outcome.value, routed_as], count)
+        yield requests
+
+        waiting = GaugeMetricFamily("dynamollm_gateway_waiting", "Requests waiting, by own pool.", labels=["pool"])
+        running = GaugeMetricFamily("dynamollm_gateway_in_flight", "Requests in flight, by pool.", labels=["pool"])
+        for pool, queue in dispatcher.queues(self._clock.monotonic_s()).items():
+            waiting.add_metric([pool], queue.waiting)
+            running.add_metric([pool], queue.in_flight)
+        yield from (waiting, running)
+
+        yield CounterMetricFamily(
+            "dynamollm_gateway_failovers", "Requests sent to another instance.", value=dispatcher.failed_over
+        )
+        yield CounterMetricFamily(
+            "dynamollm_gateway_spills", "Requests served by a larger pool than their own.", value=dispatcher.spilled
+        )
+        ttft = HistogramMetricFamily(
+            "dynamollm_gateway_ttft_seconds", "From a request's arrival to its first token.", labels=["model", "class"]
+        )
+        gap = HistogramMetricFamily(
+            "dynamollm_gateway_token_gap_seconds", "Between two tokens of an answer.", labels=["model", "class"]
+        )
+        for (model, request_class), meter in relay.meter.classes(relay.models()).items():
+            labels = [model, str(request_class)]
+            ttft.add_metric(labels, _buckets(meter.ttft_s), meter.ttft_s.sum)
+            gap.add_metric(labels, _buckets(meter.gap_s), meter.gap_s.sum)
+        yield from (ttft, gap)
+
+        yield GaugeMetricFamily(
+            "dynamollm_gateway_controller_connected",
+            "1 while the routing stream of the controller is open.",
+            value=float(self._controller.connected),
+        )
+        yield CounterMetricFamily(
+            "dynamollm_gateway_load_reports_failed", "Load reports lost.", value=self._controller.reports_failed
+        )
+        if dispatcher.table is not None:
+            yield GaugeMetricFamily(
+                "dynamollm_gateway_routing_term", "Term of the table in force.", value=dispatcher.table.term
+            )
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    bounds = [*(repr(bound) for bound in histogram.bounds), "+Inf"]
+    return [(bound, float(count)) for bound, count in zip(bounds, histogram.cumulative(), strict=True)]

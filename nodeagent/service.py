@@ -1,0 +1,173 @@
+"""The gRPC front of the agent: messages in, calls, messages out. Decides nothing.
+
+Every mutating call goes through the request log (once per id) and carries a term or an owner that the rooms below
+check. Refusals become canonical status codes with one sentence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from importlib.metadata import version
+from typing import NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from common.logs import get_logger
+from dynamollm.v1 import node_agent_pb2 as pb
+from dynamollm.v1 import node_agent_pb2_grpc as rpc
+from nodeagent import wire
+from nodeagent.control.controls import Controls
+from nodeagent.control.fence import Fence
+from nodeagent.engine.instances import Instances
+from nodeagent.errors import AlreadyExists, Invalid, NotFound, Precondition, Refused, Unavailable
+from nodeagent.gpu.inventory import Inventory
+from nodeagent.host import HostFacts
+from nodeagent.idempotency import RequestLog
+from nodeagent.telemetry.stream import SampleStream
+
+log = get_logger(__name__)
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[object, object]
+
+_STATUS: dict[type[Refused], grpc.StatusCode] = {
+    Invalid: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    Precondition: grpc.StatusCode.FAILED_PRECONDITION,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class NodeAgentService(rpc.NodeAgentServicer):
+    """One per daemon."""
+
+    def __init__(
+        self,
+        node_id: str,
+        host: HostFacts,
+        inventory: Inventory,
+        controls: Controls,
+        fence: Fence,
+        instances: Instances,
+        stream: SampleStream,
+        capabilities: list[str],
+    ) -> None:
+        self._node_id = node_id
+        self._host = host
+        self._inventory = inventory
+        self._controls = controls
+        self._fence = fence
+        self._instances = instances
+        self._stream = stream
+        self._capabilities = capabilities
+        self._requests = RequestLog()
+
+    async def GetNode(self, request: pb.GetNodeRequest, context: Context) -> pb.GetNodeResponse:
+        return await _answer(context, self._get_node())
+
+    async def WatchTelemetry(
+        self, request: pb.WatchTelemetryRequest, context: Context
+    ) -> AsyncIterator[pb.WatchTelemetryResponse]:
+        if not 0.05 <= request.interval_s <= 60:
+            await _refuse(context, Invalid(f"interval_s is {request.interval_s:g}; it must be 0.05 to 60"))
+        reader = self._stream.subscribe(request.interval_s)
+        try:
+            async for sequence, sample in reader:
+                yield wire.sample_to(self._node_id, sequence, sample)
+        finally:
+            self._stream.unsubscribe(reader)
+
+    async def ApplyControls(self, request: pb.ApplyControlsRequest, context: Context) -> pb.ApplyControlsResponse:
+        async def work() -> pb.ApplyControlsResponse:
+            lease = request.lease
+            owner, wishes = wire.owner_from(lease.owner), wire.wishes_from(request)
+            results = await self._controls.apply(owner, lease.reason, lease.ttl_s, lease.term, wishes)
+            return pb.ApplyControlsResponse(results=[wire.result_to(result) for result in results])
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def ReleaseControls(self, request: pb.ReleaseControlsRequest, context: Context) -> pb.ReleaseControlsResponse:
+        async def work() -> pb.ReleaseControlsResponse:
+            owner = wire.owner_from(request.owner)
+            results = await self._controls.release(owner, request.term, list(request.gpu_uuids), request.reason)
+            return pb.ReleaseControlsResponse(results=[wire.result_to(result) for result in results])
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def ListControls(self, request: pb.ListControlsRequest, context: Context) -> pb.ListControlsResponse:
+        return pb.ListControlsResponse(controls=[wire.held_to(*held) for held in self._controls.held()])
+
+    async def StartInstance(self, request: pb.StartInstanceRequest, context: Context) -> pb.StartInstanceResponse:
+        async def work() -> pb.StartInstanceResponse:
+            self._fence.admit(request.term)
+            view = await self._instances.start(wire.spec_from(request.spec), request.reason)
+            return pb.StartInstanceResponse(instance=wire.instance_to(view))
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def DrainInstance(self, request: pb.DrainInstanceRequest, context: Context) -> pb.DrainInstanceResponse:
+        async def work() -> pb.DrainInstanceResponse:
+            self._fence.admit(request.term)
+            view = self._instances.drain(request.instance_id, request.reason)
+            return pb.DrainInstanceResponse(instance=wire.instance_to(view))
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def StopInstance(self, request: pb.StopInstanceRequest, context: Context) -> pb.StopInstanceResponse:
+        async def work() -> pb.StopInstanceResponse:
+            self._fence.admit(request.term)
+            view = await self._instances.stop(request.instance_id, request.force, request.reason)
+            return pb.StopInstanceResponse(instance=wire.instance_to(view))
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def ListInstances(self, request: pb.ListInstancesRequest, context: Context) -> pb.ListInstancesResponse:
+        return pb.ListInstancesResponse(instances=[wire.instance_to(view) for view in self._instances.views()])
+
+    async def WatchInstances(
+        self, request: pb.WatchInstancesRequest, context: Context
+    ) -> AsyncIterator[pb.WatchInstancesResponse]:
+        reader = self._instances.feed.subscribe()
+        try:
+            yield pb.WatchInstancesResponse(instances=[wire.instance_to(view) for view in self._instances.views()])
+            async for changed in reader:
+                yield pb.WatchInstancesResponse(instances=[wire.instance_to(view) for view in changed])
+        finally:
+            self._instances.feed.unsubscribe(reader)
+
+    async def _get_node(self) -> pb.GetNodeResponse:
+        await asyncio.gather(*(worker.refresh_facts() for worker in self._inventory.workers))
+        return pb.GetNodeResponse(
+            node_id=self._node_id,
+            hostname=self._host.hostname,
+            agent_version=version("dynamollm"),
+            driver_version=self._inventory.driver_version,
+            boot_id=self._host.boot_id,
+            term=self._fence.term,
+            gpus=[wire.gpu_to(worker) for worker in self._inventory.workers],
+            cpu_count=self._host.cpu_count,
+            memory_bytes=self._host.memory_bytes,
+            capabilities=self._capabilities,
+        )
+
+
+def _content(request: Message) -> bytes:
+    """What makes two requests the same: type and bytes."""
+    return request.DESCRIPTOR.full_name.encode() + b"\0" + request.SerializeToString(deterministic=True)
+
+
+async def _answer(context: Context, work: Awaitable[T]) -> T:
+    try:
+        return await work
+    except Refused as refusal:
+        await _refuse(context, refusal)
+    except Exception as error:
+        log.error("internal error", exc_info=error)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the agent's log")
+
+
+async def _refuse(context: Context, refusal: Refused) -> NoReturn:
+    log.warning("refused", why=str(refusal), peer=context.peer())
+    await context.abort(_STATUS[type(refusal)], str(refusal))

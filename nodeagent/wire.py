@@ -1,0 +1,192 @@
+"""Between the API's messages and the agent's own values. Checks only what the values themselves cannot express."""
+
+from __future__ import annotations
+
+import math
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from dynamollm.v1 import node_agent_pb2 as pb
+from dynamollm.v1 import types_pb2 as types
+from nodeagent.control.controls import Code, Result, Wish
+from nodeagent.control.leases import Lease, Owner, OwnerKind
+from nodeagent.control.settings import ClockLock, ControlKey, PowerLimit, Setting
+from nodeagent.engine.feed import InstanceView
+from nodeagent.engine.lifecycle import State
+from nodeagent.engine.records import Spec
+from nodeagent.engine.vllm import Histogram
+from nodeagent.errors import Invalid
+from nodeagent.gpu.driver import GpuHealth
+from nodeagent.gpu.worker import GpuWorker
+from nodeagent.telemetry.sample import GpuSample, InstanceSample, Sample
+
+MAX_CONTROLS = 256
+"""Per batch; a host has a few dozen at most."""
+
+_OWNER_KINDS = {
+    types.OWNER_KIND_CONTROLLER: OwnerKind.CONTROLLER,
+    types.OWNER_KIND_OPERATOR: OwnerKind.OPERATOR,
+    types.OWNER_KIND_GUARD: OwnerKind.GUARD,
+}
+_OWNER_KIND_NUMBERS = {kind: number for number, kind in _OWNER_KINDS.items()}
+_CODES = {code: pb.ControlCode.Value(f"CONTROL_CODE_{code.name}") for code in Code}
+_STATES = {state: types.InstanceState.Value(f"INSTANCE_STATE_{state.name}") for state in State}
+_HEALTH = {health: pb.GpuHealth.Value(f"GPU_HEALTH_{health.name}") for health in GpuHealth}
+
+
+def owner_from(message: types.Owner) -> Owner:
+    """Raises Invalid for an owner without kind or name."""
+    kind = _OWNER_KINDS.get(message.kind)
+    if kind is None:
+        raise Invalid("owner.kind is not set")
+    if not 0 < len(message.name) <= 128:
+        raise Invalid("owner.name must have 1 to 128 characters")
+    return Owner(kind, message.name)
+
+
+def wishes_from(request: pb.ApplyControlsRequest) -> list[Wish]:
+    """Raises Invalid for an empty or oversized batch and for a control without a value."""
+    if not 0 < len(request.controls) <= MAX_CONTROLS:
+        raise Invalid(f"controls must hold 1 to {MAX_CONTROLS} entries, not {len(request.controls)}")
+    if not request.lease.reason:
+        raise Invalid("lease.reason is empty; say why")
+    return [Wish(control.gpu_uuid, _setting_from(control)) for control in request.controls]
+
+
+def _setting_from(control: pb.ControlRequest) -> Setting:
+    which = control.WhichOneof("control")
+    if which == "clock_lock":
+        return ClockLock(control.clock_lock.min_mhz, control.clock_lock.max_mhz)
+    if which == "power_limit":
+        return PowerLimit(control.power_limit.limit_w)
+    raise Invalid(f"control for {control.gpu_uuid!r} has neither clock_lock nor power_limit")
+
+
+def control_to(uuid: str, setting: Setting) -> pb.ControlRequest:
+    if isinstance(setting, ClockLock):
+        lock = pb.ClockLock(min_mhz=setting.min_mhz, max_mhz=setting.max_mhz)
+        return pb.ControlRequest(gpu_uuid=uuid, clock_lock=lock)
+    return pb.ControlRequest(gpu_uuid=uuid, power_limit=pb.PowerLimit(limit_w=setting.limit_w))
+
+
+def result_to(result: Result) -> pb.ControlResult:
+    return pb.ControlResult(
+        gpu_uuid=result.gpu_uuid,
+        code=_CODES[result.code],
+        detail=result.detail,
+        requested=None if result.requested is None else control_to(result.gpu_uuid, result.requested),
+        applied=None if result.applied is None else control_to(result.gpu_uuid, result.applied),
+        observed_sm_mhz=result.observed.sm_mhz,
+        observed_power_limit_w=result.observed.power_limit_w,
+    )
+
+
+def held_to(key: ControlKey, setting: Setting, lease: Lease, remaining_s: float) -> pb.HeldControl:
+    owner = types.Owner(kind=_OWNER_KIND_NUMBERS[lease.owner.kind], name=lease.owner.name)
+    return pb.HeldControl(
+        control=control_to(key.gpu_uuid, setting),
+        lease=types.Lease(owner=owner, reason=lease.reason, ttl_s=lease.ttl_s, term=lease.term),
+        remaining_s=remaining_s,
+    )
+
+
+def spec_from(message: types.InstanceSpec) -> Spec:
+    return Spec(message.instance_id, message.model, tuple(message.gpu_uuids), dict(message.labels))
+
+
+def instance_to(view: InstanceView) -> types.Instance:
+    record = view.record
+    spec = types.InstanceSpec(
+        instance_id=record.spec.instance_id,
+        model=record.spec.model,
+        gpu_uuids=record.spec.gpu_uuids,
+        labels=record.spec.labels,
+    )
+    return types.Instance(
+        spec=spec,
+        state=_STATES[record.state],
+        endpoint=view.endpoint,
+        detail=record.detail,
+        seconds_in_state=view.seconds_in_state,
+        step_seconds=record.step_s,
+        pid=record.process.pid if record.process is not None else 0,
+    )
+
+
+def gpu_to(worker: GpuWorker) -> pb.Gpu:
+    """A GPU that never answered has no UUID and no facts, only its index and what is wrong."""
+    facts = worker.facts
+    if facts is None:
+        return pb.Gpu(index=worker.index, health=_HEALTH[worker.health], detail=worker.detail)
+    return pb.Gpu(
+        uuid=facts.uuid,
+        index=facts.index,
+        name=facts.name,
+        memory_bytes=facts.memory_bytes,
+        min_sm_mhz=facts.sm_clocks_mhz[0] if facts.sm_clocks_mhz else 0,
+        max_sm_mhz=facts.sm_clocks_mhz[-1] if facts.sm_clocks_mhz else 0,
+        sm_clocks_mhz=facts.sm_clocks_mhz,
+        min_power_limit_w=facts.min_power_limit_w,
+        max_power_limit_w=facts.max_power_limit_w,
+        default_power_limit_w=facts.default_power_limit_w,
+        mig_enabled=facts.mig_enabled,
+        persistence_enabled=facts.persistence_enabled,
+        numa_node=facts.numa_node,
+        health=_HEALTH[worker.health],
+        detail=worker.detail,
+    )
+
+
+def sample_to(node_id: str, sequence: int, sample: Sample) -> pb.WatchTelemetryResponse:
+    seconds = math.floor(sample.wall_s)
+    return pb.WatchTelemetryResponse(
+        node_id=node_id,
+        sampled_at=Timestamp(seconds=seconds, nanos=int((sample.wall_s - seconds) * 1e9)),
+        sequence=sequence,
+        gpus=[_gpu_sample_to(gpu) for gpu in sample.gpus],
+        instances=[_instance_sample_to(instance) for instance in sample.instances],
+        host=pb.HostSample(
+            cpu_utilization_ratio=sample.host.cpu_utilization_ratio, memory_used_ratio=sample.host.memory_used_ratio
+        ),
+    )
+
+
+def _gpu_sample_to(gpu: GpuSample) -> pb.GpuSample:
+    reading = gpu.reading
+    return pb.GpuSample(
+        uuid=gpu.uuid,
+        health=_HEALTH[gpu.health],
+        power_w=reading.power_w,
+        energy_j=gpu.energy_j,
+        sm_mhz=reading.sm_mhz,
+        memory_mhz=reading.memory_mhz,
+        temperature_c=reading.temperature_c,
+        utilization_ratio=reading.utilization_ratio,
+        power_limit_w=reading.power_limit_w,
+        event_reasons=reading.event_reasons,
+        locked_mhz=gpu.locked_mhz,
+        energy_is_integrated=gpu.energy_is_integrated,
+    )
+
+
+def _instance_sample_to(instance: InstanceSample) -> pb.InstanceSample:
+    message = pb.InstanceSample(instance_id=instance.instance_id, state=_STATES[instance.state])
+    engine = instance.engine
+    if engine is None:
+        return message
+    message.requests_running, message.requests_waiting = engine.running, engine.waiting
+    if engine.kv_cache_usage_ratio is not None:
+        message.kv_cache_usage_ratio = engine.kv_cache_usage_ratio
+    if engine.prompt_tokens_total is not None:
+        message.prompt_tokens_total = engine.prompt_tokens_total
+    if engine.generation_tokens_total is not None:
+        message.generation_tokens_total = engine.generation_tokens_total
+    if engine.ttft_seconds is not None:
+        message.ttft_seconds.CopyFrom(_histogram_to(engine.ttft_seconds))
+    if engine.token_gap_seconds is not None:
+        message.token_gap_seconds.CopyFrom(_histogram_to(engine.token_gap_seconds))
+    return message
+
+
+def _histogram_to(histogram: Histogram) -> types.Histogram:
+    return types.Histogram(bounds=histogram.bounds, counts=histogram.counts, sum=histogram.sum)

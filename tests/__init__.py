@@ -1,0 +1,1 @@
+"""Tests, and the helpers that several of them share (imported as `tests.NAME`)."""

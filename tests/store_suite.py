@@ -1,0 +1,149 @@
+"""What the tests of the history store share: databases, one sample of every record, and questions to ask afterwards.
+
+The suite itself runs twice: on SQLite (tests/unit/test_store_*.py) and, function for function, on a real Postgres
+(tests/integration/test_store_postgres.py), which only puts another `database_url` under it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from sqlalchemy import Engine, func, select
+
+from controller.domain.classes import RequestClass
+from controller.domain.decision import Decision, SolverReport
+from controller.domain.gpu_state import GpuState
+from controller.domain.layout import Layout, PlannedInstance
+from controller.domain.reasons import Level, Mode, Reason
+from controller.store import migrate
+from controller.store.engine import open_engine
+from controller.store.models import Base
+from controller.store.recorder import Recorder
+from controller.store.records import (
+    ActionKind,
+    ActionRecord,
+    DecisionOutcome,
+    EnergySource,
+    LoadRow,
+    NodeRecord,
+    PlanRecord,
+    Record,
+    SloRow,
+    TelemetryRow,
+    TransitionRow,
+)
+
+NOON_S = 1_772_366_400.0  # 2026-03-01 12:00:00 UTC
+MODEL = "llama-70b"
+
+
+def sqlite_url(folder: Path) -> str:
+    return f"sqlite:///{folder / 'history.db'}"
+
+
+def upgraded_engine(url: str) -> Iterator[Engine]:
+    """An engine on a database with all tables: the body of the `engine` fixtures."""
+    engine = open_engine(url, create=True)
+    migrate.upgrade(engine)
+    yield engine
+    engine.dispose()
+
+
+def quick_recorder(url: str, folder: Path, **options: int | float) -> Recorder:
+    """A recorder that waits a tenth of a second for a lock and tries again after a twentieth."""
+    return Recorder(open_engine(url, patience_s=0.1), folder, retry_s=0.05, **options)  # type: ignore[arg-type]
+
+
+def decision(number: int = 1, *, term: int = 1, **changes: object) -> Decision:
+    whole = Decision(
+        term=term,
+        number=number,
+        decided_at_s=NOON_S + number,
+        level=Level.POOL,
+        scope="long",
+        trigger="tick",
+        mode=Mode.ACTIVE,
+        reason=Reason.FORECAST_CHANGED,
+        sentence=f"Pool long goes from 2 to 3 × TP4 (decision {number}).",
+        inputs={"rates": {"LL": 1.25, "LS": 0.5}, "stale": False, "names": ["ü", "n"]},
+        outcome={"counts": {"4": 3}},
+        alternatives=({"counts": {"8": 2}, "power_w": 5200.5, "why": "draws more"},),
+        predicted_power_w=4100.25,
+        predicted_slo_margin=0.125,
+        solver=SolverReport("HiGHS", "optimal", 4100.25, 4099.5, 0.0002, 12.5, 48),
+        parent=7,
+        effects=("e1", "e2"),
+    )
+    return replace(whole, **changes)  # type: ignore[arg-type]
+
+
+def action(number: int, *, term: int = 1) -> ActionRecord:
+    return ActionRecord(term, f"e{number}", ActionKind.APPLY_CLOCKS, NOON_S + number, 0.25, True)
+
+
+def one_of_each() -> list[Record]:
+    """One record per table that the recorder writes."""
+    return [
+        decision(),
+        DecisionOutcome(1, 1, NOON_S + 301, 300.0, 4250.5, 1.2e6, 6.5, 0.995, 1800.0, 62.5, {"instances": 3}),
+        ActionRecord(
+            term=1,
+            effect_id="e1",
+            kind=ActionKind.START_INSTANCE,
+            started_at_s=NOON_S + 2,
+            duration_s=31.5,
+            ok=True,
+            decision=1,
+            node_id="node-1",
+            instance_id="t1-i1",
+            gpus=4,
+            asked={"gpu_uuids": ["GPU-a", "GPU-b"]},
+        ),
+        TelemetryRow(
+            term=1,
+            window_start_s=NOON_S,
+            window_s=60.0,
+            node_id="node-1",
+            gpu_uuid="GPU-a",
+            state=GpuState.SERVING,
+            seconds=60.0,
+            pool="long",
+            instance_id="t1-i1",
+            energy_j=24_000.0,
+            energy_source=EnergySource.COUNTER,
+            mean_power_w=400.0,
+            mean_sm_mhz=1410.0,
+        ),
+        LoadRow(1, NOON_S, 60.0, MODEL, RequestClass.parse("LM"), 120, 118, 1, 240_000, 30_000),
+        SloRow(1, NOON_S, 60.0, MODEL, RequestClass.parse("LM"), 119, 117, 600.0, 1900.5, 30.0, 80.0),
+        TransitionRow(1, "tr1", MODEL, "long", "forecast_changed", NOON_S + 2, 45.0, True, 1, 0, 1, {"4": 2}, {"4": 3}),
+        PlanRecord(
+            1,
+            1,
+            NOON_S + 1,
+            Layout((PlannedInstance("t1-i1", "long", MODEL, "node-1", ("GPU-a", "GPU-b", "GPU-c", "GPU-d")),)),
+            {"long": {"granted_gpus": 8}},
+        ),
+        NodeRecord("node-1", NOON_S, 8, "10.0.0.1:7443", {"driver": "580.1"}),
+    ]
+
+
+def rows_by_table(engine: Engine) -> dict[str, int]:
+    with engine.connect() as connection:
+        return {
+            name: connection.execute(select(func.count()).select_from(table)).scalar_one()
+            for name, table in Base.metadata.tables.items()
+        }
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    """Waits for a condition that another thread or process brings about."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.01)
+    return True
