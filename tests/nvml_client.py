@@ -103,6 +103,8 @@ def client_environment(state: Path | None) -> Mapping[str, str]:
 def _plain(value: Any) -> Any:
     if hasattr(value, "_fields_"):
         return {name: _plain(getattr(value, name)) for name, *_ in value._fields_}
+    if type(value).__name__ == "nvmlFriendlyObject":
+        return {name: _plain(item) for name, item in vars(value).items()}
     if isinstance(value, list | tuple | ctypes.Array):
         return [_plain(item) for item in value]
     return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -70,5 +70,3 @@ def synthetic_profile(start_s: float = 10.0) -> Profile:
         starts={tp: StartCost(start_s, start_s * tp * 122.0) for tp in TPS},
         provenance="made up for tests",
     )
-
-

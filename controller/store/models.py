@@ -51,7 +51,7 @@ Name = String()  # no length: node and instance names come from elsewhere
 
 
 class Base(DeclarativeBase):
-    type_annotation_map: ClassVar = {float: Double()}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {float: Double()}
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",

@@ -163,7 +163,7 @@ def test_a_compiler_that_fails_gets_one_line(tmp_path: Path) -> None:
 
 
 def test_a_missing_header_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.importlib.metadata, "files", lambda _: None)
+    monkeypatch.setattr("importlib.metadata.files", lambda _: None)
     with pytest.raises(UserError, match="pip install nvidia-nvml-dev"):
         build.find_header()
 

@@ -1,0 +1,280 @@
+"""The core as a state machine: events in, decisions and effects out, without any fleet behind it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from controller.domain.classes import RequestClass
+from controller.domain.reasons import Level, Mode, Reason
+from controller.fleet.port import (
+    ApplyClocks,
+    DrainInstance,
+    Effect,
+    EffectDone,
+    Event,
+    GpuObservation,
+    InstanceObservation,
+    InstanceState,
+    NodeObservation,
+    NodeSeen,
+    PublishRouting,
+    Solve,
+    StartInstance,
+    Tick,
+)
+from controller.loop.core import Core, Step
+from controller.loop.settings import Knobs, LoopSettings
+from controller.loop.state import Instant
+from controller.policy.milp.model import solve
+from controller.store.records import PlanRecord
+from tests.synthetic_profile import MODEL, synthetic_profile
+
+MS = RequestClass.parse("MS")
+
+
+def settings(**changes: object) -> LoopSettings:
+    base = LoopSettings(
+        model=MODEL, cluster_s=60, pool_s=15, instance_s=5, lease_ttl_s=20, rpc_deadline_s=4, lost_s=60, stale_s=15
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]  # the tests name real fields
+
+
+class Bench:
+    """A core with a clock; solves are answered at once, everything else is collected."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.now_s = 0.0
+        self.steps: list[Step] = []
+
+    def send(self, event: Event) -> list[Effect]:
+        step = self.core.handle(Instant(self.now_s, 1e9 + self.now_s), event)
+        self.steps.append(step)
+        effects = [effect for effect in step.effects if not isinstance(effect, Solve)]
+        for effect in step.effects:
+            if isinstance(effect, Solve):
+                effects += self.send(EffectDone(effect.effect_id, True, solution=solve(effect.problem)))
+        return effects
+
+    def see(self, node: str, *instances: InstanceObservation) -> list[Effect]:
+        gpus = tuple(GpuObservation(f"{node}-{i}", i, True, 72.0, 0.0, 345, None) for i in range(8))
+        return self.send(NodeSeen(NodeObservation(node, self.now_s, gpus, instances)))
+
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    @property
+    def decisions(self) -> list[tuple[Level, Reason]]:
+        return [(decision.level, decision.reason) for step in self.steps for decision in step.decisions]
+
+
+def make(nodes: int = 2, mode: Mode = Mode.ACTIVE, plan: PlanRecord | None = None, **changes: object) -> Bench:
+    return Bench(Core(settings(**changes), synthetic_profile(), term=3, expected_nodes=nodes, mode=mode, plan=plan))
+
+
+def ready(effect: StartInstance, *, running: float = 0.0, waiting: float = 0.0) -> InstanceObservation:
+    return InstanceObservation(
+        effect.instance_id,
+        effect.model,
+        effect.pool,
+        effect.gpu_uuids,
+        InstanceState.READY,
+        f"http://{effect.instance_id}",
+        running,
+        waiting,
+        0.0,
+    )
+
+
+def starts(effects: list[Effect]) -> list[StartInstance]:
+    return [effect for effect in effects if isinstance(effect, StartInstance)]
+
+
+def test_waits_for_every_expected_node_before_the_first_plan() -> None:
+    bench = make(nodes=2)
+    bench.see("a")
+    assert bench.send(Tick(Level.INSTANCE)) == []
+    bench.see("b")
+    started = starts(bench.send(Tick(Level.INSTANCE)))
+    assert {effect.node_id for effect in started} == {"a", "b"}
+
+
+def test_plans_without_a_node_that_never_came() -> None:
+    bench = make(nodes=2)
+    bench.see("a")
+    bench.wait(61)
+    bench.see("a")
+    assert {effect.node_id for effect in starts(bench.send(Tick(Level.INSTANCE)))} == {"a"}
+
+
+def test_without_any_expectation_it_starts_as_single_pool() -> None:
+    bench = make(nodes=1)
+    bench.see("a")
+    started = starts(bench.send(Tick(Level.INSTANCE)))
+    assert [(len(effect.gpu_uuids), effect.pool) for effect in started] == [(8, "all")]
+    assert (Level.CLUSTER, Reason.COLD_START) in bench.decisions
+
+
+def test_a_configured_initial_load_gives_a_smaller_fleet() -> None:
+    bench = make(nodes=2, initial_rps={MS: 1.0})
+    bench.see("a")
+    bench.see("b")
+    started = starts(bench.send(Tick(Level.INSTANCE)))
+    assert 0 < sum(len(effect.gpu_uuids) for effect in started) < 16
+
+
+def test_a_start_is_not_repeated_while_it_is_under_way() -> None:
+    bench = make(nodes=1)
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    bench.wait(5)
+    assert starts(bench.send(Tick(Level.INSTANCE))) == []
+    bench.send(EffectDone(start.effect_id, ok=True))
+    assert starts(bench.send(Tick(Level.INSTANCE))) == [], "the node has not shown it yet"
+    bench.see("a", replace(ready(start), state=InstanceState.STARTING))
+    assert starts(bench.send(Tick(Level.INSTANCE))) == []
+
+
+def test_idle_instance_gets_the_lowest_clock_under_a_lease_and_it_is_renewed() -> None:
+    bench = make(nodes=1)
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    bench.see("a", ready(start))
+    bench.send(Tick(Level.INSTANCE))
+    bench.wait(5)
+    bench.see("a", ready(start))
+    (lock,) = [effect for effect in bench.send(Tick(Level.INSTANCE)) if isinstance(effect, ApplyClocks)]
+    assert lock.targets[0].mhz == 800
+    assert lock.ttl_s >= 3 * bench.core.state.settings.instance_s
+    idle = [reason for level, reason in bench.decisions if level is Level.INSTANCE]
+    assert idle == [Reason.IDLE], "an unchanged clock is renewed without a new decision"
+
+
+def test_a_stale_node_is_not_renewed() -> None:
+    bench = make(nodes=1)
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    bench.see("a", ready(start))
+    bench.wait(16)
+    assert not [effect for effect in bench.send(Tick(Level.INSTANCE)) if isinstance(effect, ApplyClocks)]
+
+
+def test_routing_lists_ready_instances_and_changes_once() -> None:
+    bench = make(nodes=1)
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    published = [e for e in bench.see("a", ready(start)) if isinstance(e, PublishRouting)]
+    (table,) = [effect.table for effect in published]
+    assert [i.endpoint for pool in table.pools for i in pool.instances] == [f"http://{start.instance_id}"]
+    bench.wait(1)
+    assert not [e for e in bench.see("a", ready(start)) if isinstance(e, PublishRouting)]
+
+
+def test_a_silent_agent_stays_in_the_routing() -> None:
+    bench = make(nodes=1)
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    bench.see("a", ready(start))
+    bench.wait(30)
+    bench.send(Tick(Level.INSTANCE))
+    table = bench.core.state.routing
+    assert table is not None
+    assert [i.instance_id for pool in table.pools for i in pool.instances] == [start.instance_id]
+
+
+def test_an_instance_nobody_wants_is_taken_out_of_the_routing_before_it_drains() -> None:
+    bench = make(nodes=1)
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    bench.see("a", ready(start))
+    stranger = InstanceObservation("stranger", MODEL, "all", (), InstanceState.READY, "http://stranger", 0.0, 0.0, 0.0)
+    effects = bench.see("a", ready(start), stranger)
+    kinds = [type(effect) for effect in effects if isinstance(effect, PublishRouting | DrainInstance)]
+    assert kinds == [PublishRouting, DrainInstance]
+    table = next(effect.table for effect in effects if isinstance(effect, PublishRouting))
+    accepts = {i.instance_id: i.accepts_new for pool in table.pools for i in pool.instances}
+    assert accepts == {start.instance_id: True, "stranger": False}
+
+
+def test_a_lost_node_is_planned_around() -> None:
+    bench = make(nodes=2, initial_rps={MS: 1.0})
+    bench.see("a")
+    bench.see("b")
+    started = starts(bench.send(Tick(Level.INSTANCE)))
+    lost = started[0].node_id
+    other = "b" if lost == "a" else "a"
+    alive = [ready(effect) for effect in started if effect.node_id == other]
+    for _ in range(7):
+        bench.wait(10)
+        bench.see(other, *alive)
+    again = starts(bench.send(Tick(Level.INSTANCE)))
+    assert again
+    assert {effect.node_id for effect in again} == {other}
+
+
+@pytest.mark.parametrize("mode", [Mode.ADVISORY, Mode.PAUSED])
+def test_only_active_mode_touches_the_fleet(mode: Mode) -> None:
+    bench = make(nodes=1, mode=mode)
+    bench.see("a")
+    effects = bench.send(Tick(Level.INSTANCE)) + bench.send(Tick(Level.CLUSTER))
+    assert effects == []
+    assert bool(bench.decisions) is (mode is Mode.ADVISORY)
+
+
+def test_a_static_fleet_neither_plans_nor_locks() -> None:
+    bench = make(nodes=1, knobs=Knobs(pools=False, instances=False, sharding=False, clocks=False))
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    assert len(start.gpu_uuids) == 8
+    bench.see("a", ready(start))
+    effects = []
+    for level in (Level.INSTANCE, Level.POOL, Level.CLUSTER):
+        bench.wait(5)
+        bench.see("a", ready(start))
+        effects += bench.send(Tick(level))
+    assert effects == []
+
+
+def test_a_restarted_controller_keeps_what_runs() -> None:
+    before = make(nodes=1, initial_rps={MS: 1.0})
+    before.see("a")
+    started = starts(before.send(Tick(Level.INSTANCE)))
+    decision = next(d for step in before.steps for d in step.decisions if "plan" in d.outcome)
+    plan = PlanRecord(3, decision.number, 1e9, before.core.state.layout, decision.outcome["plan"]["pools"])
+
+    after = make(nodes=1, initial_rps={MS: 1.0}, plan=plan)
+    after.wait(100)
+    effects = after.see("a", *(ready(effect) for effect in started))
+    effects += after.send(Tick(Level.INSTANCE))
+    assert not [effect for effect in effects if isinstance(effect, StartInstance | DrainInstance)]
+    table = after.core.state.routing
+    assert table is not None
+    assert {i.instance_id for pool in table.pools for i in pool.instances} == {e.instance_id for e in started}
+
+
+def test_a_restarted_controller_waits_for_slow_nodes() -> None:
+    before = make(nodes=2, initial_rps={MS: 5.0})
+    before.see("a")
+    before.see("b")
+    before.send(Tick(Level.INSTANCE))
+    decision = next(d for step in before.steps for d in step.decisions if "plan" in d.outcome)
+    plan = PlanRecord(3, decision.number, 1e9, before.core.state.layout, decision.outcome["plan"]["pools"])
+    after = make(nodes=2, plan=plan)
+    assert starts(after.see("a")) == []
+    assert starts(after.send(Tick(Level.INSTANCE))) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"lease_ttl_s": 14.0}, "lease ttl"),
+        ({"rpc_deadline_s": 5.0}, "rpc deadline"),
+        ({"pool_s": 1.0}, "periods"),
+        ({"fill": 0.0}, "fill"),
+    ],
+)
+def test_broken_inequalities_are_refused(changes: dict[str, float], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        settings(**changes)
