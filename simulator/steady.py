@@ -6,8 +6,8 @@ to the instance that holds the fewest; nothing else of a fleet is modelled here 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -37,8 +37,8 @@ class Steady:
 
     outcomes: tuple[Outcome, ...]
     power_w: float  # mean of one instance, all its GPUs
-    running_seconds: Counter[int]  # instance-seconds by requests in the batch
-    gaps: Counter[float]  # token gaps in seconds, counted
+    running_seconds: Mapping[int, float]  # instance-seconds by requests in the batch
+    gaps: Mapping[float, int]  # token gaps in seconds, counted
     gave_up: bool
 
     def gap_quantile_ms(self, quantile: float) -> float:
@@ -57,12 +57,11 @@ def weighted_quantile(weighted: Iterable[tuple[float, float]], quantile: float) 
     """The smallest value that at least `quantile` of the weight does not exceed; 0 without any weight."""
     rows = sorted(weighted)
     bound = quantile * sum(weight for _, weight in rows)
-    value = 0.0
     for value, weight in rows:
         bound -= weight
         if bound <= 0:
-            break
-    return value
+            return value
+    return rows[-1][0] if rows else 0.0
 
 
 def serve_steadily(
@@ -98,10 +97,11 @@ def serve_steadily(
             instance.advance(inf)
     measured = tracked[first:] if len(tracked) > first else tracked
     joules = sum(meter.joules for meter in meters)
-    running: Counter[int] = Counter()
+    running: dict[int, float] = defaultdict(float)
     gaps: Counter[float] = Counter()
     for meter in meters:
-        running.update(meter.running_seconds)
+        for batch, seconds in meter.running_seconds.items():
+            running[batch] += seconds
         gaps.update(meter.gaps)
     busy_s = sum(running.values())
     return Steady(
@@ -133,7 +133,7 @@ def _outcome(request: Request, served: EngineRequest | None, now_s: float) -> Ou
 @dataclass(slots=True)
 class _Meter:
     joules: float = 0.0
-    running_seconds: Counter[int] = field(default_factory=Counter)
+    running_seconds: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     gaps: Counter[float] = field(default_factory=Counter)
 
 

@@ -42,6 +42,14 @@ class Engine:
     running: int = 0
     most_running: int = 0
     endpoint: str = ""
+    _server: asyncio.Server = field(init=False, repr=False)
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self, "127.0.0.1", 0)
+        self.endpoint = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        self._server.close()
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -108,7 +116,9 @@ class Engine:
 
     def _whole(self, writer: asyncio.StreamWriter, status: int, content: dict[str, object]) -> None:
         data = json.dumps(content).encode()
-        writer.write(b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(data)))
+        writer.write(
+            b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(data))
+        )
         writer.write(data)
 
 
@@ -130,12 +140,11 @@ def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
 
 @asynccontextmanager
 async def serving(engine: Engine) -> AsyncIterator[Engine]:
-    server = await asyncio.start_server(engine, "127.0.0.1", 0)
-    engine.endpoint = "http://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    await engine.start()
     try:
         yield engine
     finally:
-        server.close()
+        await engine.stop()
 
 
 class StandInController(rpc.ControllerServicer):
@@ -151,7 +160,7 @@ class StandInController(rpc.ControllerServicer):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def WatchRouting(  # noqa: N802 - named by the proto
+    async def WatchRouting(
         self, request: pb.WatchRoutingRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.WatchRoutingResponse]:
         while True:
@@ -160,7 +169,7 @@ class StandInController(rpc.ControllerServicer):
                 yield routing_to_wire(self._table)
             await changed.wait()
 
-    async def ReportLoad(  # noqa: N802 - named by the proto
+    async def ReportLoad(
         self, request: pb.ReportLoadRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReportLoadResponse:
         self.reports.append(request)
@@ -276,5 +285,5 @@ async def until(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
 
 async def until_healthy(gateway: Gateway) -> None:
     async with httpx.AsyncClient(base_url=gateway.url) as client, asyncio.timeout(20):
-        while (await client.get("/health")).status_code != 200:
+        while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110 - another process's doing
             await asyncio.sleep(0.02)

@@ -67,8 +67,8 @@ class MeasureBackend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SweepSettings:
-    gate_requests: int = 6000  # per point near the knee: 1 % of them decide
-    curve_requests: int = 1000  # per point below it: only means are read
+    gate_requests: int = 3000  # per instance and point near the knee: 1 % of them decide
+    curve_requests: int = 500  # per instance and point below it: only means are read
     first_rate_rps: float = 0.1  # the lightest load; a kind that misses the SLO there is not used
     growth: float = 2.0  # of the first search
     precision: float = 0.04  # of the knee, relative

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from common.config import load_config
+from common.config_sample import to_toml
 from common.errors import exit_on_user_error
 from common.logs import configure_logs
 from controller.config import ControllerConfig
@@ -43,8 +44,8 @@ def check_config(config: ConfigOption = DEFAULT_CONFIG) -> None:
 
 @app.command("show-config")
 def show_config(config: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Prints the configuration in effect, as JSON: file, environment and defaults together."""
-    typer.echo(load_config(ControllerConfig, "controller", config).model_dump_json(indent=2))
+    """Prints the configuration in effect, as TOML: file, environment and defaults together."""
+    typer.echo(to_toml(load_config(ControllerConfig, "controller", config), comments=False), nl=False)
 
 
 def main() -> None:

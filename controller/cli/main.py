@@ -169,23 +169,27 @@ def current(url: UrlOption = DEFAULT_URL) -> None:
 @app.command()
 def calibrate(
     out: Annotated[Path, typer.Option("--out", help="File to write the profile to.")],
-    physics: Annotated[str, typer.Option(help="Twin's physics: [FILE:]VARIANT[+legacy].")] = "base",
-    kind: Annotated[str, typer.Option("--mix", help="Token mix: conv or code.")] = "conv",
-    cache: Annotated[Path, typer.Option("--cache", help="Folder of measured points.")] = Path(".cache/profiles"),
+    physics: Annotated[str, typer.Option(help="The twin's physics: [FILE:]VARIANT[+legacy].")] = "base",
+    mix: Annotated[str, typer.Option(help="Tokens of the load: conv, code, or a trace file.")] = "conv",
+    model: Annotated[str, typer.Option(help="Name under which the engines serve the model.")] = "llama-70b",
+    start_s: Annotated[float, typer.Option(min=0.1, help="Seconds that a start of an instance takes.")] = 60.0,
+    cache: Annotated[Path, typer.Option(help="Folder of measured points; a second run reads them.")] = Path(".cache"),
 ) -> None:
-    """Measures a profile on the digital twin: tensor parallelism x clock x load, from few points to many."""
+    """Measures a profile on the digital twin: tensor parallelism x clock x load, finer where the SLO breaks."""
+    from controller.calibrate.sweep import Progress as Measured
     from simulator.calibration import calibrate_twin
     from simulator.physics import Physics
+    from simulator.traces import KINDS, read_azure
 
+    source = next((kind for kind in KINDS if kind == mix), None) or read_azure(Path(mix))
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=None)
-        measured = calibrate_twin(
-            Physics.from_text(physics),
-            kind,
-            cache,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def show(state: Measured) -> None:
+            bar.update(task, completed=state.done, total=state.total, description=state.sentence)
+
+        measured = calibrate_twin(Physics.from_text(physics), cache, show, model=model, source=source, start_s=start_s)
     out.write_text(measured.to_json(), encoding="utf-8")
     typer.echo(f"{out}: {len(measured.points)} points, checksum {measured.checksum()[:12]}")
 

@@ -96,20 +96,21 @@ class AgentClient:
         node = await self._stub.GetNode(pb.GetNodeRequest(), timeout=self._deadline_s)
         self._indices = {gpu.uuid: gpu.index for gpu in node.gpus}
         listed = await self._stub.ListInstances(pb.ListInstancesRequest(), timeout=self._deadline_s)
-        self._take(listed.instances)
+        self._instances = {instance.spec.instance_id: instance for instance in listed.instances}
         async for sample in self._stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=self._interval_s)):
             self._sink(NodeSeen(self._observe(sample)))
 
     async def _watch_instances(self) -> None:
+        first = True
         async for update in self._stub.WatchInstances(pb.WatchInstancesRequest()):
-            self._take(update.instances)
-
-    def _take(self, instances: Any) -> None:
-        self._instances = {instance.spec.instance_id: instance for instance in instances}
+            if first:
+                self._instances = {}
+                first = False
+            self._instances.update((instance.spec.instance_id, instance) for instance in update.instances)
 
     def _observe(self, sample: pb.WatchTelemetryResponse) -> NodeObservation:
         live = {item.instance_id: item for item in sample.instances}
-        return NodeObservation(
+        observation = NodeObservation(
             node_id=self.node_id,
             observed_at_s=self._clock.monotonic_s(),
             gpus=tuple(_gpu(gpu, self._indices.get(gpu.uuid, 0)) for gpu in sample.gpus),
@@ -117,6 +118,13 @@ class AgentClient:
                 _instance(instance, live.get(instance.spec.instance_id)) for instance in self._instances.values()
             ),
         )
+        # One that has stopped is shown once and then forgotten.
+        self._instances = {
+            instance_id: instance
+            for instance_id, instance in self._instances.items()
+            if instance.state != types.INSTANCE_STATE_STOPPED
+        }
+        return observation
 
     async def execute(self, effect: NodeEffect) -> EffectDone:
         """Carries one effect out. Never raises: a failure is an EffectDone that says what went wrong."""

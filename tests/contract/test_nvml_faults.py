@@ -246,9 +246,11 @@ for line in iter(input, ""):
             child = int(breeder.stdout.readline())
             time.sleep(0.005 + 0.01 * chance.random())
             os.kill(child, signal.SIGKILL)
+            while (view := host.observe(0)).processes:  # until the kernel has ended it
+                time.sleep(0.001)
             client.call("nvmlDeviceSetGpuLockedClocks", 1200, 1200, gpu=0)
-            assert client.call("nvmlDeviceGetPowerUsage", gpu=0) in (72_000, 400_000)
-            view = host.observe(0)
+            assert host.lock(0) == (1200, 1200)
+            assert client.call("nvmlDeviceGetPowerUsage", gpu=0) == 72_000
             assert view.energy_j >= last_j
             last_j = view.energy_j
     finally:

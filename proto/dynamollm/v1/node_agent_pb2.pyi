@@ -300,7 +300,7 @@ class GpuSample(_message.Message):
     power_w: _builtins.float
     """Unset when the driver did not answer: unknown is not zero."""
     energy_j: _builtins.float
-    """Joules since the agent's own zero, differenced from the hardware counter; resets are bridged."""
+    """Joules of the hardware counter, with its resets bridged: goes on without a break when the agent restarts."""
     sm_mhz: _builtins.int
     memory_mhz: _builtins.int
     temperature_c: _builtins.float

@@ -151,7 +151,7 @@ class NodeAgentServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchInstances(self, request, context):
-        """The present list first, then every change.
+        """All instances first, then those that changed; a slow reader gets each one's latest state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

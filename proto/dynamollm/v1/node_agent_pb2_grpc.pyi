@@ -48,7 +48,7 @@ class NodeAgentStub:
     """Stops a drained instance; with force also one that still has work."""
     ListInstances: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.ListInstancesRequest, _node_agent_pb2.ListInstancesResponse]
     WatchInstances: _grpc.UnaryStreamMultiCallable[_node_agent_pb2.WatchInstancesRequest, _node_agent_pb2.WatchInstancesResponse]
-    """The present list first, then every change."""
+    """All instances first, then those that changed; a slow reader gets each one's latest state."""
 
 @_typing.type_check_only
 class NodeAgentAsyncStub(NodeAgentStub):
@@ -70,7 +70,7 @@ class NodeAgentAsyncStub(NodeAgentStub):
     """Stops a drained instance; with force also one that still has work."""
     ListInstances: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.ListInstancesRequest, _node_agent_pb2.ListInstancesResponse]  # type: ignore[assignment]
     WatchInstances: _aio.UnaryStreamMultiCallable[_node_agent_pb2.WatchInstancesRequest, _node_agent_pb2.WatchInstancesResponse]  # type: ignore[assignment]
-    """The present list first, then every change."""
+    """All instances first, then those that changed; a slow reader gets each one's latest state."""
 
 class NodeAgentServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -149,6 +149,6 @@ class NodeAgentServicer(metaclass=_abc_1.ABCMeta):
         request: _node_agent_pb2.WatchInstancesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_agent_pb2.WatchInstancesResponse], _abc.AsyncIterator[_node_agent_pb2.WatchInstancesResponse]]:
-        """The present list first, then every change."""
+        """All instances first, then those that changed; a slow reader gets each one's latest state."""
 
 def add_NodeAgentServicer_to_server(servicer: NodeAgentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

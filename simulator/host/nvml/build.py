@@ -113,10 +113,8 @@ def _build(directory: Path, sources: list[Path], header: Path) -> None:
             # Whoever comes first wins; the others' builds are the same.
             if not directory.exists():
                 out.rename(directory)
-    except FileExistsError:
-        return
     except OSError as error:
-        if (directory / LIBRARY_NAME).exists():
+        if (directory / LIBRARY_NAME).exists():  # another process was faster
             return
         raise UserError(
             f"{directory}: the emulated NVML cannot be built there: {error}.", "Name another DIR."

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <string.h>
+
 uint64_t emu_lock(struct emu_host *host, unsigned index) {
     struct emu_record record;
     if (index >= host->config.gpu_count)

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
 static void read_boot_id(char boot_id[40]) {
     memset(boot_id, 0, 40);
     int file = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
@@ -53,9 +54,8 @@ static int fill(struct emu_host *host, const struct emu_config *config) {
 
 int emu_create(const char *path, const struct emu_config *config) {
     char temporary[4096];
-    if (config->gpu_count < 1 || config->gpu_count > EMU_MAX_GPUS ||
-        config->board.idle_points < 1 || config->board.idle_points > EMU_MAX_IDLE_POINTS ||
-        config->board.clock_step_mhz == 0)
+    if (config->gpu_count < 1 || config->gpu_count > EMU_MAX_GPUS || config->board.idle_points < 1 ||
+        config->board.idle_points > EMU_MAX_IDLE_POINTS || config->board.clock_step_mhz == 0)
         return -EINVAL;
     if ((size_t)snprintf(temporary, sizeof temporary, "%s.new.%d", path, (int)getpid()) >= sizeof temporary)
         return -ENAMETOOLONG;

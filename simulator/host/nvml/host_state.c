@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,7 +28,7 @@ void emu_lock_mutex(pthread_mutex_t *mutex) {
         pthread_mutex_consistent(mutex);
 }
 
-/* --- processes ----------------------------------------------------------------------------------------------------- */
+/* --- processes --- */
 
 uint64_t emu_own_namespace(void) {
     struct stat status;
@@ -39,8 +40,8 @@ uint64_t emu_process_started(int32_t pid) {
     char path[32], text[1024];
     snprintf(path, sizeof path, "/proc/%d/stat", pid);
     int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file < 0)
-        return errno == ENOENT ? 0 : EMU_UNKNOWN_START;
+    if (file < 0) /* /proc may also hide other users' processes (hidepid, ProtectProc=) */
+        return errno == ENOENT && kill(pid, 0) != 0 && errno == ESRCH ? 0 : EMU_UNKNOWN_START;
     ssize_t length = read(file, text, sizeof text - 1);
     close(file);
     if (length <= 0)
@@ -68,7 +69,7 @@ struct emu_process *emu_find_process(struct emu_record *record, int32_t pid) {
     return NULL;
 }
 
-/* --- the laws ------------------------------------------------------------------------------------------------------ */
+/* --- the laws --- */
 
 static uint32_t idle_power_mw(const struct emu_board *board, uint32_t clock_mhz) {
     const uint32_t *mhz = board->idle_mhz, *mw = board->idle_mw;
@@ -151,7 +152,7 @@ static void accrue(const struct emu_board *board, struct emu_record *record, int
     record->since_ns = now_ns;
 }
 
-/* --- records (all with the GPU's mutex held) ------------------------------------------------------------------------- */
+/* --- records (all with the GPU's mutex held) --- */
 
 static const struct emu_record *current(const struct emu_gpu *gpu) {
     return &gpu->record[atomic_load_explicit(&gpu->current, memory_order_acquire)];
@@ -226,7 +227,7 @@ int emu_observe(struct emu_host *host, unsigned index, int fresh, struct emu_vie
     return 0;
 }
 
-/* --- faults -------------------------------------------------------------------------------------------------------- */
+/* --- faults --- */
 
 static void sleep_ns(int64_t duration_ns) {
     struct timespec rest = {.tv_sec = duration_ns / 1000000000LL, .tv_nsec = duration_ns % 1000000000LL};

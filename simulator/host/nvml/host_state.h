@@ -1,15 +1,16 @@
 /* The shared state of one emulated GPU host: the file behind DYNAMOLLM_NVML_STATE.
  *
  * Every process of that host maps this file, so all of them see the same GPUs: the NVML functions (nvml_*.c) read and
- * steer it as a driver would, the engine emulator and tests write load and faults through the emu_* functions (state.py).
- * This header is the only definition of the layout. Code outside host_state.c never writes a record itself.
+ * steer it as a driver would, the engine emulator and tests write load and faults through the emu_* functions
+ * (state.py). This header is the only definition of the layout. A record is changed between emu_begin and emu_commit only.
  *
  * How a GPU's record stays whole, whoever is killed whenever:
- *   - a robust, process-shared pthread mutex guards it: the kernel hands a killed holder's lock on. (fcntl locks would do
- *     that too, but belong to the process, not the thread, and cost two system calls each.)
- *   - there are two copies, and `current` names the valid one. A change is prepared in the other and published by one store,
- *     so a writer killed half-way leaves nothing to mend.
- *   - readers take the mutex as well (50 ns): power and energy must come from one instant, or the counter could step back.
+ *   - a robust, process-shared pthread mutex guards it: the kernel hands a killed holder's lock on. (fcntl locks would
+ *     do that too, but belong to the process, not the thread, and cost two system calls each.)
+ *   - there are two copies, and `current` names the valid one. A change is prepared in the other and published by one
+ *     store, so a writer killed half-way leaves nothing to mend.
+ *   - readers take the mutex as well (50 ns): power and energy must come from one instant, or the counter could step
+ *     back.
  */
 #ifndef DYNAMOLLM_HOST_STATE_H
 #define DYNAMOLLM_HOST_STATE_H
@@ -56,14 +57,14 @@ struct emu_board {
     uint32_t clock_min_mhz;
     uint32_t clock_max_mhz;
     uint32_t clock_step_mhz;
-    uint32_t clock_bare_mhz;       /* SM clock while no process has a context */
+    uint32_t clock_bare_mhz; /* SM clock while no process has a context */
     uint32_t memory_clock_mhz;
     uint32_t memory_clock_low_mhz; /* the other supported memory clock */
     uint32_t power_limit_min_mw;
     uint32_t power_limit_max_mw;
     uint32_t power_limit_default_mw;
-    uint32_t power_bare_mw;        /* power while no process has a context */
-    uint32_t idle_points;          /* length of idle_mhz and idle_mw, at least 1 */
+    uint32_t power_bare_mw;                 /* power while no process has a context */
+    uint32_t idle_points;                   /* length of idle_mhz and idle_mw, at least 1 */
     uint32_t idle_mhz[EMU_MAX_IDLE_POINTS]; /* rising; linear between, flat beyond */
     uint32_t idle_mw[EMU_MAX_IDLE_POINTS];  /* power with a context and no work, at that SM clock */
     uint32_t padding;
@@ -90,9 +91,9 @@ struct emu_config {
 /* A process that holds a context, with the work it does now. pid 0: free slot. */
 struct emu_process {
     int32_t pid;
-    uint32_t power_mw; /* of the GPU while this process keeps it busy; 0: no work */
-    uint32_t gpu_util; /* percent */
-    uint32_t mem_util; /* percent */
+    uint32_t power_mw;  /* of the GPU while this process keeps it busy; 0: no work */
+    uint32_t gpu_util;  /* percent */
+    uint32_t mem_util;  /* percent */
     uint32_t clock_mhz; /* SM clock that the power limit leaves to this work; 0: not limited */
     uint32_t padding;
     uint64_t started_ticks; /* start time from /proc, so that a recycled pid is not taken for this process */
@@ -168,7 +169,7 @@ struct emu_view {
     struct emu_process processes[EMU_MAX_PROCESSES];
 };
 
-/* --- host_state.c, for the other C files ------------------------------------------------------------------------- */
+/* --- host_state.c, for the other C files --- */
 
 /* Changes one GPU's record: emu_begin locks, accrues energy until now and hands out the copy to change, emu_commit
  * publishes it. Nothing that can block may stand between the two. `fresh` as in emu_observe. */
@@ -184,7 +185,7 @@ uint64_t emu_own_namespace(void);
 /* The slot of a process, or NULL; pid 0 finds a free slot. */
 struct emu_process *emu_find_process(struct emu_record *record, int32_t pid);
 
-/* --- exported, for state.py: 0 or a negated errno ------------------------------------------------------------------ */
+/* --- exported, for state.py: 0 or a negated errno --- */
 
 #define EMU_EXPORT __attribute__((visibility("default")))
 
@@ -208,8 +209,8 @@ EMU_EXPORT uint32_t emu_power_limit(struct emu_host *host, unsigned index);
 EMU_EXPORT int emu_attach(struct emu_host *host, unsigned index, int32_t pid, uint64_t used_bytes);
 EMU_EXPORT int emu_detach(struct emu_host *host, unsigned index, int32_t pid);
 /* pid 0: load that belongs to no process. -ESRCH: that process holds no context here. */
-EMU_EXPORT int emu_set_activity(struct emu_host *host, unsigned index, int32_t pid, uint32_t power_mw, uint32_t gpu_util,
-                                uint32_t mem_util, uint32_t clock_mhz);
+EMU_EXPORT int emu_set_activity(struct emu_host *host, unsigned index, int32_t pid, uint32_t power_mw,
+                                uint32_t gpu_util, uint32_t mem_util, uint32_t clock_mhz);
 /* Replaces the fault of each group whose bit is set in `calls`. */
 EMU_EXPORT int emu_set_fault(struct emu_host *host, unsigned index, uint32_t calls, const struct emu_fault *fault);
 EMU_EXPORT int emu_reset_energy(struct emu_host *host, unsigned index);

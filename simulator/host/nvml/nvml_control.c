@@ -1,7 +1,7 @@
 /* NVML: what a client with the permission changes. There is no getter for locked clocks, as in the real library. */
 #include "nvml_surface.h"
 
-/* --- SM clock ------------------------------------------------------------------------------------------------------ */
+/* --- SM clock --- */
 
 static nvmlReturn_t lock_clocks(nvmlDevice_t device, unsigned least_mhz, unsigned most_mhz) {
     ENTER(device, EMU_CALLS_CLOCK_WRITE);
@@ -26,7 +26,8 @@ nvmlReturn_t nvmlDeviceSetGpuLockedClocks(nvmlDevice_t device, unsigned int leas
     if (host == NULL)
         return NVML_ERROR_UNINITIALIZED;
     const struct emu_board *board = &host->config.board;
-    int least_named = least_mhz >= NVML_CLOCK_LIMIT_ID_RANGE_START, most_named = most_mhz >= NVML_CLOCK_LIMIT_ID_RANGE_START;
+    int least_named = least_mhz >= NVML_CLOCK_LIMIT_ID_RANGE_START,
+        most_named = most_mhz >= NVML_CLOCK_LIMIT_ID_RANGE_START;
     REQUIRE(least_named == most_named);
     if (least_named) {
         REQUIRE(least_mhz == NVML_CLOCK_LIMIT_ID_TDP || least_mhz == NVML_CLOCK_LIMIT_ID_UNLIMITED);
@@ -43,7 +44,7 @@ nvmlReturn_t nvmlDeviceSetGpuLockedClocks(nvmlDevice_t device, unsigned int leas
 
 nvmlReturn_t nvmlDeviceResetGpuLockedClocks(nvmlDevice_t device) { return lock_clocks(device, 0, 0); }
 
-/* --- memory clock -------------------------------------------------------------------------------------------------- */
+/* --- memory clock --- */
 
 static nvmlReturn_t lock_memory_clock(nvmlDevice_t device, unsigned clock_mhz) {
     ENTER(device, EMU_CALLS_CLOCK_WRITE);
@@ -64,7 +65,7 @@ nvmlReturn_t nvmlDeviceSetMemoryLockedClocks(nvmlDevice_t device, unsigned int l
 
 nvmlReturn_t nvmlDeviceResetMemoryLockedClocks(nvmlDevice_t device) { return lock_memory_clock(device, 0); }
 
-/* --- power limit --------------------------------------------------------------------------------------------------- */
+/* --- power limit --- */
 
 nvmlReturn_t nvmlDeviceSetPowerManagementLimit(nvmlDevice_t device, unsigned int limit_mw) {
     ENTER(device, EMU_CALLS_POWER_WRITE);
@@ -83,7 +84,7 @@ nvmlReturn_t nvmlDeviceSetPowerManagementLimit_v2(nvmlDevice_t device, nvmlPower
     return nvmlDeviceSetPowerManagementLimit(device, limit->powerValueMw);
 }
 
-/* --- modes --------------------------------------------------------------------------------------------------------- */
+/* --- modes --- */
 
 nvmlReturn_t nvmlDeviceSetPersistenceMode(nvmlDevice_t device, nvmlEnableState_t mode) {
     REQUIRE(mode == NVML_FEATURE_ENABLED || mode == NVML_FEATURE_DISABLED);

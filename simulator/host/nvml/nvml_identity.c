@@ -1,5 +1,5 @@
-/* NVML: who a GPU is and how it is connected: what does not change while the host runs. The board is that of an HGX H100:
- * eight modules behind NVSwitches, four to a CPU socket. */
+/* NVML: who a GPU is and how it is connected: what does not change while the host runs. The board is that of an HGX
+ * H100: eight modules behind NVSwitches, four to a CPU socket. */
 #include "nvml_surface.h"
 
 #include <stdio.h>
@@ -54,7 +54,8 @@ nvmlReturn_t nvmlDeviceGetInforomImageVersion(nvmlDevice_t device, char *version
 NUMBER(nvmlDeviceGetIndex, unsigned int, index)
 NUMBER(nvmlDeviceGetMinorNumber, unsigned int, index)
 NUMBER(nvmlDeviceGetModuleId, unsigned int, index + 1)
-NUMBER(nvmlDeviceGetBoardId, unsigned int, host->config.gpus[index].pci_domain << 16 | host->config.gpus[index].pci_bus << 8)
+NUMBER(nvmlDeviceGetBoardId, unsigned int,
+       host->config.gpus[index].pci_domain << 16 | host->config.gpus[index].pci_bus << 8)
 NUMBER(nvmlDeviceGetMultiGpuBoard, unsigned int, 0)
 NUMBER(nvmlDeviceGetBrand, nvmlBrandType_t, NVML_BRAND_NVIDIA)
 NUMBER(nvmlDeviceGetArchitecture, nvmlDeviceArchitecture_t, NVML_DEVICE_ARCH_HOPPER)
@@ -81,7 +82,8 @@ NUMBER(nvmlDeviceGetDefaultEccMode, nvmlEnableState_t, NVML_FEATURE_ENABLED)
 NUMBER(nvmlDeviceGetPowerManagementMode, nvmlEnableState_t, NVML_FEATURE_ENABLED)
 NUMBER(nvmlDeviceGetPowerManagementDefaultLimit, unsigned int, host->config.board.power_limit_default_mw)
 
-nvmlReturn_t nvmlDeviceGetPowerManagementLimitConstraints(nvmlDevice_t device, unsigned int *least, unsigned int *most) {
+nvmlReturn_t nvmlDeviceGetPowerManagementLimitConstraints(nvmlDevice_t device, unsigned int *least,
+                                                          unsigned int *most) {
     REQUIRE(least != NULL && most != NULL);
     ENTER(device, EMU_CALLS_IDENTITY);
     *least = host->config.board.power_limit_min_mw;
@@ -109,7 +111,7 @@ nvmlReturn_t nvmlDeviceGetGspFirmwareVersion(nvmlDevice_t device, char *version)
     return emu_text(version, NVML_GSP_FIRMWARE_VERSION_BUF_SIZE, host->config.driver_version);
 }
 
-/* --- PCI ----------------------------------------------------------------------------------------------------------- */
+/* --- PCI --- */
 
 nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t *pci) {
     REQUIRE(pci != NULL);
@@ -126,7 +128,7 @@ nvmlReturn_t nvmlDeviceGetPciInfo_v3(nvmlDevice_t device, nvmlPciInfo_t *pci) {
 }
 
 nvmlReturn_t nvmlDeviceGetPciInfo_v2(nvmlDevice_t device, nvmlPciInfo_t *pci) {
-    /* Callers of the older versions hold a structure without the long bus id: only what all versions share is written. */
+    /* Callers of the older versions hold a structure without the long bus id: write only what all of them share. */
     REQUIRE(pci != NULL);
     nvmlPciInfo_t whole;
     nvmlReturn_t result = nvmlDeviceGetPciInfo_v3(device, &whole);
@@ -135,7 +137,9 @@ nvmlReturn_t nvmlDeviceGetPciInfo_v2(nvmlDevice_t device, nvmlPciInfo_t *pci) {
     return result;
 }
 
-nvmlReturn_t nvmlDeviceGetPciInfo(nvmlDevice_t device, nvmlPciInfo_t *pci) { return nvmlDeviceGetPciInfo_v2(device, pci); }
+nvmlReturn_t nvmlDeviceGetPciInfo(nvmlDevice_t device, nvmlPciInfo_t *pci) {
+    return nvmlDeviceGetPciInfo_v2(device, pci);
+}
 
 nvmlReturn_t nvmlDeviceGetPciInfoExt(nvmlDevice_t device, nvmlPciInfoExt_t *pci) {
     REQUIRE(pci != NULL);
@@ -160,7 +164,7 @@ nvmlReturn_t nvmlDeviceGetPcieThroughput(nvmlDevice_t device, nvmlPcieUtilCounte
     return NVML_SUCCESS;
 }
 
-/* --- clocks and states that exist ---------------------------------------------------------------------------------- */
+/* --- clocks and states that exist --- */
 
 nvmlReturn_t nvmlDeviceGetMaxClockInfo(nvmlDevice_t device, nvmlClockType_t type, unsigned int *clock) {
     REQUIRE(clock != NULL && (unsigned)type < NVML_CLOCK_COUNT);
@@ -250,7 +254,8 @@ nvmlReturn_t nvmlDeviceGetSupportedClocksThrottleReasons(nvmlDevice_t device, un
     return nvmlDeviceGetSupportedClocksEventReasons(device, reasons);
 }
 
-nvmlReturn_t nvmlDeviceGetTemperatureThreshold(nvmlDevice_t device, nvmlTemperatureThresholds_t type, unsigned int *limit) {
+nvmlReturn_t nvmlDeviceGetTemperatureThreshold(nvmlDevice_t device, nvmlTemperatureThresholds_t type,
+                                               unsigned int *limit) {
     static const unsigned limits[] = {
         [NVML_TEMPERATURE_THRESHOLD_SHUTDOWN] = EMU_TEMPERATURE_SHUTDOWN_C,
         [NVML_TEMPERATURE_THRESHOLD_SLOWDOWN] = EMU_TEMPERATURE_SLOWDOWN_C,
@@ -265,7 +270,7 @@ nvmlReturn_t nvmlDeviceGetTemperatureThreshold(nvmlDevice_t device, nvmlTemperat
     return NVML_SUCCESS;
 }
 
-/* --- sockets and NVLink -------------------------------------------------------------------------------------------- */
+/* --- sockets and NVLink --- */
 
 nvmlReturn_t nvmlDeviceGetCpuAffinity(nvmlDevice_t device, unsigned int words, unsigned long *cpus) {
     REQUIRE(cpus != NULL && words > 0);
@@ -295,7 +300,8 @@ nvmlReturn_t nvmlDeviceGetMemoryAffinity(nvmlDevice_t device, unsigned int words
     return NVML_SUCCESS;
 }
 
-nvmlReturn_t nvmlDeviceGetTopologyCommonAncestor(nvmlDevice_t device, nvmlDevice_t other, nvmlGpuTopologyLevel_t *level) {
+nvmlReturn_t nvmlDeviceGetTopologyCommonAncestor(nvmlDevice_t device, nvmlDevice_t other,
+                                                 nvmlGpuTopologyLevel_t *level) {
     unsigned int ignored;
     REQUIRE(level != NULL);
     nvmlReturn_t result = nvmlDeviceGetIndex(other, &ignored);
@@ -378,7 +384,8 @@ nvmlReturn_t nvmlDeviceGetNvLinkErrorCounter(nvmlDevice_t device, unsigned int l
     return NVML_SUCCESS;
 }
 
-nvmlReturn_t nvmlDeviceGetNvLinkRemoteDeviceType(nvmlDevice_t device, unsigned int link, nvmlIntNvLinkDeviceType_t *type) {
+nvmlReturn_t nvmlDeviceGetNvLinkRemoteDeviceType(nvmlDevice_t device, unsigned int link,
+                                                 nvmlIntNvLinkDeviceType_t *type) {
     REQUIRE(type != NULL && link < NVLINKS);
     ENTER(device, EMU_CALLS_IDENTITY);
     *type = NVML_NVLINK_DEVICE_TYPE_SWITCH;

@@ -12,7 +12,8 @@
 static pthread_mutex_t starting = PTHREAD_MUTEX_INITIALIZER;
 static unsigned users; /* nvmlInit calls not yet matched by nvmlShutdown */
 static _Atomic(struct emu_host *) in_use;
-static struct emu_host *mapped; /* kept over nvmlShutdown: another thread may still be inside a call, hung for instance */
+/* Kept over nvmlShutdown: another thread may still be inside a call, hung for instance. */
+static struct emu_host *mapped;
 static struct stat mapped_file;
 static struct nvmlDevice_st devices[EMU_MAX_GPUS];
 
@@ -39,7 +40,7 @@ nvmlReturn_t emu_text(char *target, unsigned length, const char *text) {
     return NVML_SUCCESS;
 }
 
-/* --- start and stop ------------------------------------------------------------------------------------------------ */
+/* --- start and stop --- */
 
 /* As a real library says it: no driver, a driver of another version, no access to the device files. */
 static nvmlReturn_t find_host(void) {
@@ -93,7 +94,7 @@ nvmlReturn_t nvmlShutdown(void) {
     return result;
 }
 
-/* --- the host ------------------------------------------------------------------------------------------------------ */
+/* --- the host --- */
 
 const char *nvmlErrorString(nvmlReturn_t result) {
     static const char *const texts[] = {
@@ -193,7 +194,7 @@ nvmlReturn_t nvmlUnitGetCount(unsigned int *count) { /* S-class units have not b
 
 nvmlReturn_t nvmlGetExcludedDeviceCount(unsigned int *count) { return nvmlUnitGetCount(count); }
 
-/* --- handles ------------------------------------------------------------------------------------------------------- */
+/* --- handles --- */
 
 nvmlReturn_t nvmlDeviceGetCount_v2(unsigned int *count) {
     struct emu_host *host = emu_host();

@@ -1,5 +1,5 @@
-/* What the files of the NVML surface share. NVIDIA's header is the contract: with its prototypes in sight a function of a
- * wrong signature, or one that NVML does not have, fails to compile; and only what it declares is exported. */
+/* What the files of the NVML surface share. NVIDIA's header is the contract: with its prototypes in sight a function of
+ * a wrong signature, or one that NVML does not have, fails to compile; and only what it declares is exported. */
 #ifndef DYNAMOLLM_NVML_SURFACE_H
 #define DYNAMOLLM_NVML_SURFACE_H
 

@@ -1,5 +1,5 @@
-/* NVML: what a GPU shows from moment to moment. Power is the mean over the engine's current iteration, so the averaged and
- * the instantaneous readings of a real driver are one and the same here. */
+/* NVML: what a GPU shows from moment to moment. Power is the mean over the engine's current iteration, so the averaged
+ * and the instantaneous readings of a real driver are one and the same here. */
 #include "nvml_surface.h"
 
 #include <string.h>
@@ -36,7 +36,7 @@ FIGURE(nvmlDeviceGetComputeMode, nvmlComputeMode_t, EMU_CALLS_TELEMETRY, view.co
 FIGURE(nvmlDeviceGetPerformanceState, nvmlPstates_t, EMU_CALLS_TELEMETRY, ((void)view, NVML_PSTATE_0))
 FIGURE(nvmlDeviceGetPowerState, nvmlPstates_t, EMU_CALLS_TELEMETRY, ((void)view, NVML_PSTATE_0))
 
-/* --- clocks -------------------------------------------------------------------------------------------------------- */
+/* --- clocks --- */
 
 nvmlReturn_t nvmlDeviceGetClockInfo(nvmlDevice_t device, nvmlClockType_t type, unsigned int *clock) {
     REQUIRE(clock != NULL && (unsigned)type < NVML_CLOCK_COUNT);
@@ -71,7 +71,7 @@ nvmlReturn_t nvmlDeviceGetCurrentClocksThrottleReasons(nvmlDevice_t device, unsi
     return nvmlDeviceGetCurrentClocksEventReasons(device, reasons);
 }
 
-/* --- utilisation --------------------------------------------------------------------------------------------------- */
+/* --- utilisation --- */
 
 nvmlReturn_t nvmlDeviceGetUtilizationRates(nvmlDevice_t device, nvmlUtilization_t *utilization) {
     REQUIRE(utilization != NULL);
@@ -98,7 +98,7 @@ UNUSED_ENGINE(nvmlDeviceGetJpgUtilization)
 UNUSED_ENGINE(nvmlDeviceGetOfaUtilization)
 UNUSED_ENGINE(nvmlDeviceGetEncoderUtilization)
 
-/* --- temperature --------------------------------------------------------------------------------------------------- */
+/* --- temperature --- */
 
 nvmlReturn_t nvmlDeviceGetTemperature(nvmlDevice_t device, nvmlTemperatureSensors_t sensor, unsigned int *temperature) {
     REQUIRE(temperature != NULL && sensor == NVML_TEMPERATURE_GPU);
@@ -126,7 +126,8 @@ nvmlReturn_t nvmlDeviceGetMarginTemperature(nvmlDevice_t device, nvmlMarginTempe
     return NVML_SUCCESS;
 }
 
-nvmlReturn_t nvmlDeviceGetThermalSettings(nvmlDevice_t device, unsigned int sensor, nvmlGpuThermalSettings_t *settings) {
+nvmlReturn_t nvmlDeviceGetThermalSettings(nvmlDevice_t device, unsigned int sensor,
+                                          nvmlGpuThermalSettings_t *settings) {
     REQUIRE(settings != NULL && (sensor == 0 || sensor == NVML_THERMAL_TARGET_ALL));
     LOOK(device, EMU_CALLS_TELEMETRY);
     memset(settings, 0, sizeof *settings);
@@ -138,7 +139,7 @@ nvmlReturn_t nvmlDeviceGetThermalSettings(nvmlDevice_t device, unsigned int sens
     return NVML_SUCCESS;
 }
 
-/* --- memory -------------------------------------------------------------------------------------------------------- */
+/* --- memory --- */
 
 nvmlReturn_t nvmlDeviceGetMemoryInfo(nvmlDevice_t device, nvmlMemory_t *memory) {
     REQUIRE(memory != NULL);
@@ -170,7 +171,7 @@ nvmlReturn_t nvmlDeviceGetBAR1MemoryInfo(nvmlDevice_t device, nvmlBAR1Memory_t *
     return NVML_SUCCESS;
 }
 
-/* --- processes ----------------------------------------------------------------------------------------------------- */
+/* --- processes --- */
 
 static nvmlReturn_t list_processes(nvmlDevice_t device, unsigned int *count, nvmlProcessInfo_v2_t *list) {
     REQUIRE(count != NULL && (*count == 0 || list != NULL));
@@ -187,15 +188,18 @@ static nvmlReturn_t list_processes(nvmlDevice_t device, unsigned int *count, nvm
     return NVML_SUCCESS;
 }
 
-nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count, nvmlProcessInfo_t *list) {
+nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v3(nvmlDevice_t device, unsigned int *count,
+                                                     nvmlProcessInfo_t *list) {
     return list_processes(device, count, list);
 }
 
-nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v2(nvmlDevice_t device, unsigned int *count, nvmlProcessInfo_v2_t *list) {
+nvmlReturn_t nvmlDeviceGetComputeRunningProcesses_v2(nvmlDevice_t device, unsigned int *count,
+                                                     nvmlProcessInfo_v2_t *list) {
     return list_processes(device, count, list);
 }
 
-nvmlReturn_t nvmlDeviceGetComputeRunningProcesses(nvmlDevice_t device, unsigned int *count, nvmlProcessInfo_v1_t *list) {
+nvmlReturn_t nvmlDeviceGetComputeRunningProcesses(nvmlDevice_t device, unsigned int *count,
+                                                  nvmlProcessInfo_v1_t *list) {
     nvmlProcessInfo_v2_t whole[EMU_MAX_PROCESSES];
     REQUIRE(count != NULL && (*count == 0 || list != NULL));
     unsigned room = *count < EMU_MAX_PROCESSES ? *count : EMU_MAX_PROCESSES;
@@ -250,7 +254,7 @@ nvmlReturn_t nvmlDeviceGetProcessUtilization(nvmlDevice_t device, nvmlProcessUti
     return found <= room ? NVML_SUCCESS : NVML_ERROR_INSUFFICIENT_SIZE;
 }
 
-/* --- modes and health ---------------------------------------------------------------------------------------------- */
+/* --- modes and health --- */
 
 nvmlReturn_t nvmlDeviceGetMigMode(nvmlDevice_t device, unsigned int *current, unsigned int *pending) {
     REQUIRE(current != NULL && pending != NULL);
@@ -275,8 +279,9 @@ nvmlReturn_t nvmlDeviceGetTotalEccErrors(nvmlDevice_t device, nvmlMemoryErrorTyp
     return NVML_SUCCESS;
 }
 
-nvmlReturn_t nvmlDeviceGetMemoryErrorCounter(nvmlDevice_t device, nvmlMemoryErrorType_t type, nvmlEccCounterType_t counter,
-                                             nvmlMemoryLocation_t location, unsigned long long *count) {
+nvmlReturn_t nvmlDeviceGetMemoryErrorCounter(nvmlDevice_t device, nvmlMemoryErrorType_t type,
+                                             nvmlEccCounterType_t counter, nvmlMemoryLocation_t location,
+                                             unsigned long long *count) {
     REQUIRE((unsigned)location < NVML_MEMORY_LOCATION_COUNT);
     return nvmlDeviceGetTotalEccErrors(device, type, counter, count);
 }
@@ -289,7 +294,7 @@ nvmlReturn_t nvmlDeviceGetRemappedRows(nvmlDevice_t device, unsigned int *correc
     return NVML_SUCCESS;
 }
 
-/* --- field values -------------------------------------------------------------------------------------------------- */
+/* --- field values --- */
 
 static nvmlReturn_t read_field(const struct emu_host *host, const struct emu_view *view, nvmlFieldValue_t *field) {
     const struct emu_board *board = &host->config.board;
