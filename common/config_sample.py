@@ -22,16 +22,24 @@ def to_toml(config: BaseModel, comments: bool = True) -> str:
 def _table(section: BaseModel, path: tuple[str, ...], comments: bool) -> list[str]:
     lines: list[str] = []
     inner: list[tuple[str, BaseModel]] = []
+    tables: list[tuple[str, BaseModel]] = []  # of a list: [[name]] each
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             inner.append((name, value))
+            continue
+        if isinstance(value, list) and value and all(isinstance(item, BaseModel) for item in value):
+            tables += [(name, item) for item in value]
             continue
         if comments and field.description:
             lines += [f"# {line}" for line in textwrap.wrap(field.description, 110)]
         # TOML has no null: an unset key is shown as a comment.
         lines.append(f"# {name} =" if value is None else f"{name} = {_value(value)}")
         if comments:
+            lines.append("")
+    for name, value in tables:
+        lines += [f"[[{'.'.join((*path, name))}]]", *_table(value, (*path, name), comments)]
+        if not comments:
             lines.append("")
     for name, value in inner:
         where = (*path, name)

@@ -83,17 +83,24 @@ class KnobsConfig(ConfigModel):
 class ControllerConfig(ConfigModel):
     """Everything the controller needs to know."""
 
-    controller_id: str = ""
+    controller_id: str = Field(default="", description="name in leases and the history; empty: the host's name")
     listen: str = Field(default="127.0.0.1:7700", description="gRPC address; loopback, or behind TLS")
     metrics_listen: str = Field(default="", description="host:port of /metrics; empty means none")
-    database_url: str = "sqlite:////var/lib/dynamollm/controller.db"
-    spool_dir: Path = Path("/var/lib/dynamollm/spool")
+    database_url: str = Field(
+        default="sqlite:////var/lib/dynamollm/controller.db",
+        description="sqlite:////absolute/path.db or postgresql://user@host:5432/name; `dynamollm db upgrade` makes it",
+    )
+    spool_dir: Path = Field(
+        default=Path("/var/lib/dynamollm/spool"), description="history waits here while the database is down"
+    )
     profile: Path = Field(description="profile file, made by `dynamollm calibrate`")
     model: str = Field(description="model name as the engines serve it")
-    mode: Mode = Mode.ACTIVE
-    telemetry_interval_s: Seconds = 1.0
-    telemetry_window_s: Seconds = 60.0
-    agents: list[AgentAddress] = Field(min_length=1)
+    mode: Mode = Field(
+        default=Mode.ACTIVE, description="active; advisory: decides and records, touches nothing; paused"
+    )
+    telemetry_interval_s: Seconds = Field(default=1.0, description="how often agents send samples")
+    telemetry_window_s: Seconds = Field(default=60.0, description="length of the rows of energy, load and SLO history")
+    agents: list[AgentAddress] = Field(min_length=1, description="the fleet's nodes")
     periods: PeriodsConfig = PeriodsConfig()
     lease: LeaseConfig = LeaseConfig()
     planning: PlanningConfig = PlanningConfig()
@@ -107,6 +114,15 @@ class ControllerConfig(ConfigModel):
             raise ValueError("agents: every node_id must be unique")
         self.loop_settings()  # raises ValueError with the broken inequality
         return self
+
+    @classmethod
+    def sample(cls) -> ControllerConfig:
+        """Defaults, with made-up values for the keys that have none."""
+        return cls(
+            profile=Path("/var/lib/dynamollm/profile.json"),
+            model="meta-llama/Llama-3.1-70B-Instruct",
+            agents=[AgentAddress(node_id="gpu-1", address="127.0.0.1:7701")],
+        )
 
     def loop_settings(self) -> LoopSettings:
         planning, staleness = self.planning, self.staleness

@@ -22,6 +22,7 @@ from common.clock import Clock, SystemClock
 from common.errors import EXIT_ALREADY_RUNNING, EXIT_UNAVAILABLE, UserError
 from common.logs import get_logger
 from common.sd_notify import notify
+from controller.api.metrics import ControllerMetrics, serve_metrics
 from controller.api.routing_hub import RoutingHub
 from controller.api.service import ControllerService
 from controller.config import ControllerConfig
@@ -99,7 +100,8 @@ async def _run(
     )
     hub = RoutingHub()
     agents: dict[str, AgentClient] = {}
-    runtime = Runtime(core, agents, hub, recorder.record, clock, config.telemetry_window_s)
+    metrics = ControllerMetrics(core.state, recorder.counts, lambda: runtime.missed_ticks)
+    runtime = Runtime(core, agents, hub, recorder.record, clock, config.telemetry_window_s, metrics.decided)
     for agent in config.agents:
         agents[agent.node_id] = AgentClient(
             agent.node_id,
@@ -121,6 +123,7 @@ async def _run(
         lambda: ((counts := recorder.counts()).recorded, counts.in_memory),
     )
     server = await _listen(config.listen, service)
+    stop_metrics = serve_metrics(metrics, config.metrics_listen) if config.metrics_listen else None
     keeper = asyncio.create_task(_keep_lead(engine, lead, clock, stop))
     _log.info("ready", listen=config.listen, term=lead.term, mode=str(config.mode), agents=len(agents))
     notify("READY=1")
@@ -130,6 +133,8 @@ async def _run(
         notify("STOPPING=1")
         keeper.cancel()
         await server.stop(grace=1.0)
+        if stop_metrics is not None:
+            stop_metrics()
     lost = keeper.done() and not keeper.cancelled() and keeper.result()
     if lost:
         raise UserError(

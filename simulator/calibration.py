@@ -33,6 +33,7 @@ from controller.calibrate.sweep import (
     SweepPlan,
     Tokens,
     build_profile,
+    rarest_share,
     samples_by_group,
     sweep_kind,
 )
@@ -166,6 +167,7 @@ def calibrate_twin(
         raise UserError(
             f"Calibration: the token mix holds no request of group {', '.join(empty)}.", "Use another trace or groups."
         )
+    plan = replace(plan, rarest=rarest_share(samples, plan.scheme))
     key = _key(physics, plan_value(plan), _digest(canonical_json(samples)))
     file = cache_dir / f"profile-{key}.json"
     if file.exists():
@@ -281,6 +283,7 @@ def plan_value(plan: SweepPlan) -> dict[str, object]:
         "slo": asdict(plan.slo),
         "scheme": asdict(plan.scheme),
         "settings": asdict(plan.settings),
+        "rarest": dict(plan.rarest),
     }
 
 

@@ -6,12 +6,15 @@ The suite itself runs twice: on SQLite (tests/unit/test_store_*.py) and, functio
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, func, select, text
 
 from controller.domain.classes import RequestClass
 from controller.domain.decision import Decision, SolverReport
@@ -52,12 +55,12 @@ def upgraded_engine(url: str) -> Iterator[Engine]:
     engine.dispose()
 
 
-def quick_recorder(url: str, folder: Path, **options: int | float) -> Recorder:
+def quick_recorder(url: str, folder: Path, **options: Any) -> Recorder:
     """A recorder that waits a tenth of a second for a lock and tries again after a twentieth."""
-    return Recorder(open_engine(url, patience_s=0.1), folder, retry_s=0.05, **options)  # type: ignore[arg-type]
+    return Recorder(open_engine(url, patience_s=0.1), folder, retry_s=0.05, **options)
 
 
-def decision(number: int = 1, *, term: int = 1, **changes: object) -> Decision:
+def decision(number: int = 1, *, term: int = 1, **changes: Any) -> Decision:
     whole = Decision(
         term=term,
         number=number,
@@ -77,7 +80,7 @@ def decision(number: int = 1, *, term: int = 1, **changes: object) -> Decision:
         parent=7,
         effects=("e1", "e2"),
     )
-    return replace(whole, **changes)  # type: ignore[arg-type]
+    return replace(whole, **changes)
 
 
 def action(number: int, *, term: int = 1) -> ActionRecord:
@@ -137,6 +140,24 @@ def rows_by_table(engine: Engine) -> dict[str, int]:
             name: connection.execute(select(func.count()).select_from(table)).scalar_one()
             for name, table in Base.metadata.tables.items()
         }
+
+
+def effect_numbers(engine: Engine) -> list[int]:
+    """Of the actions in the database, in the order in which they were written."""
+    with engine.connect() as connection:
+        ids = connection.execute(text("SELECT effect_id FROM actions ORDER BY id")).scalars()
+        return [int(effect_id[1:]) for effect_id in ids]
+
+
+@contextmanager
+def hold_sqlite(path: Path) -> Iterator[None]:
+    """As another process that holds the database: nobody else may write."""
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        holder.close()
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:

@@ -9,7 +9,7 @@ Measured points are kept in a `PointCache`, so that an interrupted sweep goes on
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -67,11 +67,12 @@ class MeasureBackend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SweepSettings:
-    gate_requests: int = 3000  # per instance and point near the knee: 1 % of them decide
-    curve_requests: int = 500  # per instance and point below it: only means are read
+    gate_requests: int = 700  # of the rarest input bucket, per instance and point near the knee: 1 % of them decide
+    least_requests: int = 1200  # of all, there: a queue needs time to show that it grows
+    curve_requests: int = 500  # per instance and point below the knee: only means are read
     first_rate_rps: float = 0.1  # the lightest load; a kind that misses the SLO there is not used
     growth: float = 2.0  # of the first search
-    precision: float = 0.04  # of the knee, relative
+    precision: float = 0.05  # of the knee, relative
     curve_shares: tuple[float, ...] = (0.02, 0.06, 0.15, 0.3, 0.5, 0.75)  # of the knee; power bends at the low end
     seed: int = 1
 
@@ -86,6 +87,13 @@ class SweepPlan:
     slo: Slo = field(default_factory=Slo)
     scheme: ClassScheme = field(default_factory=ClassScheme)
     settings: SweepSettings = field(default_factory=SweepSettings)
+    # Share of the rarest input bucket in the requests of each group (`rarest_share`); 1 where it is not given.
+    rarest: Mapping[str, float] = field(default_factory=dict)
+
+    def gate_requests(self, group: str) -> int:
+        """Requests per instance that the gate needs to judge the rarest bucket; a share below 5 % is not waited for."""
+        share = max(self.rarest.get(group, 1.0), 0.05)
+        return max(self.settings.least_requests, round(self.settings.gate_requests / share))
 
     def kinds(self) -> tuple[tuple[str, int], ...]:
         """(group, tp): the parts of a sweep that may be measured side by side."""
@@ -215,7 +223,7 @@ class _Gauge:
 
     def in_slo(self, mhz: int, rate_rps: float) -> bool:
         """The tail gate."""
-        return self(mhz, rate_rps, self.plan.settings.gate_requests).in_slo(self.plan.slo)
+        return self(mhz, rate_rps, self.plan.gate_requests(self.group)).in_slo(self.plan.slo)
 
 
 def _first_knee(gauge: _Gauge, mhz: int) -> _Knee:
@@ -249,11 +257,11 @@ def _bisect(gauge: _Gauge, mhz: int, good: float, bad: float) -> _Knee:
 
 def _curve(gauge: _Gauge, mhz: int, knee: _Knee) -> list[OperatingPoint]:
     """The points of one clock that go into the profile: below the knee, at it, and the first beyond it."""
-    settings = gauge.plan.settings
+    settings, gate = gauge.plan.settings, gauge.plan.gate_requests(gauge.group)
     if knee.good_rps == 0:
-        return [gauge(mhz, knee.bad_rps, settings.gate_requests)]
+        return [gauge(mhz, knee.bad_rps, gate)]
     low = [gauge(mhz, share * knee.good_rps, settings.curve_requests) for share in settings.curve_shares]
-    edge = [gauge(mhz, rate, settings.gate_requests) for rate in (knee.good_rps, knee.bad_rps)]
+    edge = [gauge(mhz, rate, gate) for rate in (knee.good_rps, knee.bad_rps)]
     return low + edge
 
 
@@ -335,4 +343,12 @@ def samples_by_group(
     """The part of a sample that belongs to each group; in the sample's order."""
     return {
         group.name: tuple(tokens for tokens in samples if scheme.classify(*tokens) in group.classes) for group in groups
+    }
+
+
+def rarest_share(samples: Mapping[str, Sequence[Tokens]], scheme: ClassScheme) -> dict[str, float]:
+    """Share of the rarest input bucket in each group's sample."""
+    return {
+        group: min(Counter(scheme.input_bucket(i) for i, _ in mine).values()) / len(mine)
+        for group, mine in samples.items()
     }

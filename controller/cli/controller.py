@@ -43,9 +43,13 @@ def check_config(config: ConfigOption = DEFAULT_CONFIG) -> None:
 
 
 @app.command("show-config")
-def show_config(config: ConfigOption = DEFAULT_CONFIG) -> None:
+def show_config(
+    config: ConfigOption = DEFAULT_CONFIG,
+    sample: Annotated[bool, typer.Option("--sample", help="Show a sample with a comment on every key.")] = False,
+) -> None:
     """Prints the configuration in effect, as TOML: file, environment and defaults together."""
-    typer.echo(to_toml(load_config(ControllerConfig, "controller", config), comments=False), nl=False)
+    shown = ControllerConfig.sample() if sample else load_config(ControllerConfig, "controller", config)
+    typer.echo(to_toml(shown, comments=sample), nl=False)
 
 
 def main() -> None:

@@ -69,6 +69,7 @@ class Runtime:
         record: Callable[[Record], None],
         clock: Clock,
         telemetry_window_s: float,
+        on_decision: Callable[[Decision], None] = lambda _: None,
     ) -> None:
         settings, term = core.state.settings, core.state.term
         self._core = core
@@ -76,6 +77,7 @@ class Runtime:
         self._hub = hub
         self._record = record
         self._clock = clock
+        self._on_decision = on_decision
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._windows = WindowBook(term, settings.model, telemetry_window_s)
         self._reports = LoadBook(keep_s=telemetry_window_s)
@@ -165,6 +167,7 @@ class Runtime:
 
     def _take_decision(self, decision: Decision, before: dict[str, int]) -> None:
         self._write([decision])
+        self._on_decision(decision)
         plan = decision.outcome.get("plan")
         if plan is not None and decision.outcome.get("accepted"):
             self._write(

@@ -52,16 +52,16 @@ class OperatingPoint:
             "group": self.group,
             "tp": self.tp,
             "mhz": self.mhz,
-            "rate_rps": self.rate_rps,
-            "power_w": self.power_w,
-            "attainment": self.attainment,
-            "attainment_worst": self.attainment_worst,
-            "ttft_p50_ms": {bucket.value: value for bucket, value in self.ttft_p50_ms.items()},
-            "ttft_p99_ms": {bucket.value: value for bucket, value in self.ttft_p99_ms.items()},
-            "tbt_p99_ms": self.tbt_p99_ms,
-            "gap_p99_ms": self.gap_p99_ms,
-            "running_mean": self.running_mean,
-            "running_p99": self.running_p99,
+            "rate_rps": _number(self.rate_rps),
+            "power_w": _number(self.power_w),
+            "attainment": _number(self.attainment),
+            "attainment_worst": _number(self.attainment_worst),
+            "ttft_p50_ms": {bucket.value: _number(value) for bucket, value in self.ttft_p50_ms.items()},
+            "ttft_p99_ms": {bucket.value: _number(value) for bucket, value in self.ttft_p99_ms.items()},
+            "tbt_p99_ms": _number(self.tbt_p99_ms),
+            "gap_p99_ms": _number(self.gap_p99_ms),
+            "running_mean": _number(self.running_mean),
+            "running_p99": _number(self.running_p99),
             "requests": self.requests,
         }
 
@@ -235,23 +235,29 @@ def _body(profile: Profile) -> dict[str, Any]:
             "input_cuts_tokens": list(profile.scheme.input_cuts_tokens),
             "output_cuts_tokens": list(profile.scheme.output_cuts_tokens),
         },
-        "slo": {name: getattr(profile.slo, name) for name in Slo.__dataclass_fields__},
+        "slo": {name: _number(getattr(profile.slo, name)) for name in Slo.__dataclass_fields__},
         "groups": {group.name: sorted(str(c) for c in group.classes) for group in profile.groups},
         "group_order": [group.name for group in profile.groups],
         "tps": list(profile.tps),
         "clocks_mhz": list(profile.clocks_mhz),
         "points": [point.to_json_value() for point in profile.points],
-        "idle": [{"tp": p.tp, "mhz": p.mhz, "power_w": p.power_w} for p in profile.idle],
-        "parked_w": profile.parked_w,
+        "idle": [{"tp": p.tp, "mhz": p.mhz, "power_w": _number(p.power_w)} for p in profile.idle],
+        "parked_w": _number(profile.parked_w),
         "mixes": {
             group: {
-                str(c): {"share": m.share, "input_tokens": m.input_tokens, "output_tokens": m.output_tokens}
+                str(c): {
+                    "share": _number(m.share),
+                    "input_tokens": _number(m.input_tokens),
+                    "output_tokens": _number(m.output_tokens),
+                }
                 for c, m in mix.items()
             }
             for group, mix in profile.mixes.items()
         },
-        "work": {"input_s": profile.work.input_s, "output_s": profile.work.output_s},
-        "starts": {str(tp): {"start_s": s.start_s, "start_j": s.start_j} for tp, s in profile.starts.items()},
+        "work": {"input_s": _number(profile.work.input_s), "output_s": _number(profile.work.output_s)},
+        "starts": {
+            str(tp): {"start_s": _number(s.start_s), "start_j": _number(s.start_j)} for tp, s in profile.starts.items()
+        },
         "provenance": profile.provenance,
     }
 

@@ -59,6 +59,18 @@ async def complete(gateway: Gateway, **body: object) -> httpx.Response:
         return await client.post("/v1/completions", json=post(**body))  # type: ignore[arg-type]
 
 
+async def get(gateway: Gateway, path: str) -> str:
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=30) as client:
+        return (await client.get(path)).text
+
+
+async def until_version(gateway: Gateway, version: int) -> None:
+    """Waits until a routing table is in force."""
+    async with asyncio.timeout(15):
+        while json.loads(await get(gateway, "/health"))["routing_version"] != version:  # noqa: ASYNC110 - not ours
+            await asyncio.sleep(0.02)
+
+
 async def test_whole_and_streamed_answers_pass_through_untouched() -> None:
     engine = Engine()
     async with system(engine) as (gateway, _), openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="k") as client:
@@ -121,7 +133,7 @@ async def test_an_engine_that_cannot_be_reached_is_replaced_and_spared_for_a_whi
         controller.publish(table((ALL, {"a-dead": "http://127.0.0.1:9", "e0": good}), version=2, max_in_flight=2))
         answers = await asyncio.gather(*(complete(gateway) for _ in range(8)))
         assert {answer.headers["x-dynamollm-instance"] for answer in answers} == {"e0"}
-        metrics = httpx.get(f"{gateway.url}/metrics").text
+        metrics = await get(gateway, "/metrics")
     assert "dynamollm_gateway_failovers_total" in metrics
     failovers = [line for line in metrics.splitlines() if line.startswith("dynamollm_gateway_failovers_total")]
     assert 1 <= float(failovers[0].split()[-1]) <= 3
@@ -165,9 +177,10 @@ async def test_a_client_that_leaves_cancels_its_request_running_or_waiting() -> 
     async with system(engine) as (gateway, controller):
         controller.publish(table((ALL, {"e0": engine}), version=2, max_in_flight=1))
         async with httpx.AsyncClient(base_url=gateway.url, timeout=30) as client:
-            await asyncio.sleep(0.2)  # let the table arrive
+            await until_version(gateway, 2)
             async with client.stream("POST", "/v1/completions", json=post(stream=True, tokens=10_000)) as running:
-                await anext(running.aiter_raw())
+                chunks = running.aiter_raw()  # kept: httpx closes an answer whose iterator is dropped
+                await anext(chunks)
                 with pytest.raises(httpx.ReadTimeout):
                     await client.post("/v1/completions", json=post(), timeout=0.3)
                 assert (await client.get("/health")).json()["waiting"] in (0, 1)
@@ -188,31 +201,33 @@ async def test_a_silent_engine_is_given_up() -> None:
 
 async def test_bad_requests_get_openai_errors_and_reach_no_engine() -> None:
     engine = Engine()
-    async with system(engine, limits__body_bytes=4096) as (gateway, _):
-        async with httpx.AsyncClient(base_url=gateway.url, timeout=30) as client:
+    async with (
+        system(engine, limits__body_bytes=4096) as (gateway, _),
+        httpx.AsyncClient(base_url=gateway.url, timeout=30) as client,
+    ):
 
-            async def answer(content: bytes, path: str = "/v1/completions") -> tuple[int, str]:
-                response = await client.post(path, content=content)
-                return response.status_code, response.json()["error"]["code"]
+        async def answer(content: bytes, path: str = "/v1/completions") -> tuple[int, str]:
+            response = await client.post(path, content=content)
+            return response.status_code, response.json()["error"]["code"]
 
-            assert await answer(b"{") == (400, "invalid_json")
-            assert await answer(b"[]") == (400, "invalid_json")
-            assert await answer(b"[" * 4000) == (400, "invalid_json")
-            assert await answer(b"\xff\xfe{}") == (400, "invalid_json")
-            assert await answer(b'{"model": "test-model"}') == (400, "missing_field")
-            assert await answer(b'{"model": 5, "prompt": "x"}') == (400, "missing_field")
-            assert await answer(b'{"prompt": "x", "model": "gpt"}') == (404, "model_not_found")
-            assert await answer(b'{"prompt": [], "model": "test-model"}') == (400, "invalid_value")
-            assert await answer(b'{"prompt": "x", "max_tokens": -1}') == (400, "invalid_value")
-            assert await answer(b'{"prompt": "x", "stream": "yes"}') == (400, "invalid_value")
-            assert await answer(b'{"prompt": "x"}', "/v1/chat/completions") == (400, "missing_field")
-            assert await answer(b'{"prompt": "' + b"x" * 5000 + b'"}') == (413, "request_too_large")
-            assert await answer(b"{}", "/v1/nothing") == (404, "not_found")
-            assert (await client.get("/v1/completions")).status_code == 405
-            assert (await client.post("/health")).status_code == 405
-            assert engine.requests == []
-            # Without a model the only one is meant.
-            assert (await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})).status_code == 200
+        assert await answer(b"{") == (400, "invalid_json")
+        assert await answer(b"[]") == (400, "invalid_json")
+        assert await answer(b"[" * 4000) == (400, "invalid_json")
+        assert await answer(b"\xff\xfe{}") == (400, "invalid_json")
+        assert await answer(b'{"model": "test-model"}') == (400, "missing_field")
+        assert await answer(b'{"model": 5, "prompt": "x"}') == (400, "missing_field")
+        assert await answer(b'{"prompt": "x", "model": "gpt"}') == (404, "model_not_found")
+        assert await answer(b'{"prompt": [], "model": "test-model"}') == (400, "invalid_value")
+        assert await answer(b'{"prompt": "x", "max_tokens": -1}') == (400, "invalid_value")
+        assert await answer(b'{"prompt": "x", "stream": "yes"}') == (400, "invalid_value")
+        assert await answer(b'{"prompt": "x"}', "/v1/chat/completions") == (400, "missing_field")
+        assert await answer(b'{"prompt": "' + b"x" * 5000 + b'"}') == (413, "request_too_large")
+        assert await answer(b"{}", "/v1/nothing") == (404, "not_found")
+        assert (await client.get("/v1/completions")).status_code == 405
+        assert (await client.post("/health")).status_code == 405
+        assert engine.requests == []
+        # Without a model the only one is meant.
+        assert (await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})).status_code == 200
 
 
 async def test_an_engines_own_complaint_reaches_the_client() -> None:
@@ -230,7 +245,7 @@ async def test_without_instances_requests_wait_then_are_refused() -> None:
         controlling(controller) as port,
         gateway_process(port, limits__queue_s=1.0, limits__waiting=2) as gateway,
     ):
-        assert httpx.get(f"{gateway.url}/health").status_code == 503
+        assert "waiting for instances" in await get(gateway, "/health")
         answers = await asyncio.gather(*(complete(gateway) for _ in range(3)))
         assert sorted(answer.status_code for answer in answers) == [429, 503, 503]
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers)
@@ -258,9 +273,8 @@ async def test_serving_goes_on_without_the_controller_and_over_its_restart() -> 
                 await until(lambda: bool(second.reports))
                 assert (await complete(gateway)).headers["x-dynamollm-instance"] == "e0"
                 second.publish(table((ALL, {"e1": successor}), term=2, version=2))
-                await until(lambda: any("controller_connected" in line for line in gateway.log[1:]))
-                while (await complete(gateway)).headers["x-dynamollm-instance"] != "e1":
-                    await asyncio.sleep(0.05)
+                await until_version(gateway, 2)
+                assert (await complete(gateway)).headers["x-dynamollm-instance"] == "e1"
                 epochs = {report.epoch for report in first.reports + second.reports}
                 assert len(epochs) == 1
                 await until(lambda: sum(c.completed for c in second.reports[-1].classes) >= 2)

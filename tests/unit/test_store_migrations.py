@@ -22,7 +22,7 @@ from controller.store.repositories import get_decision, last_plan, write_records
 from tests.store_suite import NOON_S, decision, one_of_each, rows_by_table, sqlite_url
 
 TABLES = set(Base.metadata.tables)
-VIEWS = {"v_decisions", "v_energy_by_pool_hour", "v_slo_by_class_hour", "v_switching_costs"}
+VIEWS = {"v_decisions", "v_energy_by_pool_hour", "v_load_by_class_hour", "v_slo_by_class_hour", "v_switching_costs"}
 
 
 @pytest.fixture

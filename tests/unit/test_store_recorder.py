@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +20,8 @@ from controller.store.repositories import list_decisions
 from tests.store_suite import (
     action,
     decision,
+    effect_numbers,
+    hold_sqlite,
     one_of_each,
     quick_recorder,
     rows_by_table,
@@ -53,24 +51,7 @@ def spool(tmp_path: Path) -> Path:
 @pytest.fixture
 def locked(engine: Engine, tmp_path: Path) -> Block:
     """A context in which another process holds the database."""
-
-    @contextmanager
-    def hold() -> Iterator[None]:
-        holder = sqlite3.connect(tmp_path / "history.db", isolation_level=None)
-        holder.execute("BEGIN EXCLUSIVE")
-        try:
-            yield
-        finally:
-            holder.close()
-
-    return hold
-
-
-def effect_numbers(engine: Engine) -> list[int]:
-    """Of the actions in the database, in the order in which they were written."""
-    with engine.connect() as connection:
-        ids = connection.execute(text("SELECT effect_id FROM actions ORDER BY id")).scalars()
-        return [int(effect_id[1:]) for effect_id in ids]
+    return lambda: hold_sqlite(tmp_path / "history.db")
 
 
 def test_all_that_is_recorded_is_in_the_database(engine: Engine, database_url: str, spool: Path) -> None:
@@ -274,121 +255,6 @@ def test_a_second_recorder_on_one_spool_is_refused(engine: Engine, database_url:
     with pytest.raises(UserError, match="in use by process"):
         quick_recorder(database_url, spool)
     assert recorder.close()
-
-
-# ------------------------------------------------------------------------------------------------- processes
-
-WRITER = """
-import sys
-from pathlib import Path
-from common.logs import configure_logs
-from tests.store_suite import action, quick_recorder
-
-configure_logs("writer")  # on stderr: stdout is for the numbers
-recorder = quick_recorder(sys.argv[1], Path(sys.argv[2]))
-first = int(sys.argv[3])
-print("ready", flush=True)
-for number in range(first, 1_000_000):
-    recorder.record(action(number))
-    if number % 7 == 0 and recorder.flush(30):
-        print(number, flush=True)  # from here on it may not get lost
-"""
-
-
-class Writer:
-    """Another process that records actions and says up to which one all are safe."""
-
-    def __init__(self, url: str, spool: Path, first: int) -> None:
-        root = Path(__file__).parents[2]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, url, str(spool), str(first)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(root)},
-        )
-        self.said = self.read()
-
-    def read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def kill(self) -> int:
-        """SIGKILL; returns the last number that was called safe."""
-        self.process.send_signal(signal.SIGKILL)
-        assert self.process.stdout is not None
-        rest = self.process.stdout.read().splitlines(keepends=True)
-        self.process.wait(30)
-        self.process.stdout.close()
-        whole = [
-            item for item in (self.said, *(said.strip() for said in rest if said.endswith("\n"))) if item.isdigit()
-        ]
-        return int(whole[-1])
-
-
-def kill_after(writer: Writer, acknowledgements: int) -> int:
-    for _ in range(acknowledgements):
-        writer.said = writer.read()
-    return writer.kill()
-
-
-def test_a_killed_writer_loses_nothing_that_was_safe(engine: Engine, database_url: str, spool: Path) -> None:
-    safe = kill_after(Writer(database_url, spool, 0), acknowledgements=12)
-    recorder = quick_recorder(database_url, spool)
-    assert recorder.settle(20)
-    assert recorder.close()
-    numbers = effect_numbers(engine)
-    assert numbers == list(range(len(numbers)))  # no hole, no repeat, in order
-    assert len(numbers) > safe
-
-
-def test_a_writer_killed_while_spooling_and_while_draining_loses_nothing(
-    engine: Engine, database_url: str, spool: Path, locked: Block
-) -> None:
-    with locked():
-        safe = kill_after(Writer(database_url, spool, 0), acknowledgements=8)
-    assert (spool / "spool.jsonl").stat().st_size > 0
-    assert effect_numbers(engine) == []
-    # The next one drains that while it goes on recording, and is killed on the way; so is the one after it.
-    again = kill_after(Writer(database_url, spool, safe + 1), acknowledgements=1)
-    last = kill_after(Writer(database_url, spool, again + 1), acknowledgements=3)
-    recorder = quick_recorder(database_url, spool)
-    assert recorder.settle(20)
-    assert recorder.close()
-    numbers = effect_numbers(engine)
-    assert sorted(numbers) == list(range(len(numbers)))
-    assert len(numbers) > last
-
-
-FULL_DISK = """
-import resource, sys, time
-from pathlib import Path
-from tests.store_suite import action, quick_recorder, until
-
-recorder = quick_recorder(sys.argv[1], Path(sys.argv[2]))
-recorder.record(action(0))
-assert recorder.settle(20)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-for number in range(1, 201):
-    recorder.record(action(number))
-assert until(lambda: recorder.counts().last_error.endswith("File too large")), recorder.counts()
-counts = recorder.counts()
-assert counts.database_ok is False and counts.in_memory > 0 and counts.dropped == 0, counts
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-assert recorder.settle(20), recorder.counts()
-assert recorder.close()
-"""
-
-
-def test_a_full_disk_under_database_and_spool_is_survived(engine: Engine, database_url: str, spool: Path) -> None:
-    """The limit on file size stops SQLite's and the spool's writes half-way, as a full disk does; then it is lifted."""
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, "-c", FULL_DISK, database_url, str(spool)],
-        check=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    )
-    assert effect_numbers(engine) == list(range(201))
 
 
 def test_a_later_term_may_use_the_same_effect_ids(engine: Engine, database_url: str, spool: Path) -> None:

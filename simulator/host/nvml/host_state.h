@@ -2,7 +2,7 @@
  *
  * Every process of that host maps this file, so all of them see the same GPUs: the NVML functions (nvml_*.c) read and
  * steer it as a driver would, the engine emulator and tests write load and faults through the emu_* functions
- * (state.py). This header is the only definition of the layout. A record is changed between emu_begin and emu_commit only.
+ * (state.py). This header is the only definition of the layout. A record changes between emu_begin and emu_commit only.
  *
  * How a GPU's record stays whole, whoever is killed whenever:
  *   - a robust, process-shared pthread mutex guards it: the kernel hands a killed holder's lock on. (fcntl locks would

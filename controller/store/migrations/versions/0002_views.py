@@ -87,6 +87,21 @@ FROM slo_minute
 GROUP BY {hour_window_start}, model, request_class
 """
 
+LOAD_BY_CLASS_HOUR = """
+CREATE VIEW v_load_by_class_hour AS
+SELECT
+    {hour_window_start} AS hour,
+    model,
+    request_class,
+    SUM(arrived) AS arrived,
+    SUM(completed) AS completed,
+    SUM(failed) AS failed,
+    SUM(input_tokens) AS input_tokens,
+    SUM(output_tokens) AS output_tokens
+FROM load_minute
+GROUP BY {hour_window_start}, model, request_class
+"""
+
 # What starting, draining and stopping instances took, by size. The joules are those of the instance's GPUs while
 # loading (starts) or draining (drains), where telemetry measured them.
 SWITCHING_COSTS = """
@@ -116,6 +131,7 @@ GROUP BY a.kind, a.gpus
 VIEWS = {
     "v_energy_by_pool_hour": ENERGY_BY_POOL_HOUR,
     "v_decisions": DECISIONS,
+    "v_load_by_class_hour": LOAD_BY_CLASS_HOUR,
     "v_slo_by_class_hour": SLO_BY_CLASS_HOUR,
     "v_switching_costs": SWITCHING_COSTS,
 }
