@@ -76,6 +76,7 @@ class Connection(asyncio.Protocol):
         self._framed = False  # the head states a length or chunks: an early end is then an error
         self._open_ended = False  # a head has come without either: the end of the connection ends the body
         self._complete = False
+        self._keep_alive = False
 
     # -------------------------------------------------------------------------------------------- for callers
 
@@ -128,7 +129,7 @@ class Connection(asyncio.Protocol):
             return
         self._deliver()
         if self._complete:
-            keep = self._parser.should_keep_alive() and not self.closed
+            keep = self._keep_alive and not self.closed
             self._parser = httptools.HttpResponseParser(self)
             self.reusable = keep
             if not keep and self._transport is not None:
@@ -163,6 +164,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         # 100 Continue and its like are no answer yet.
         self._complete = self._parser.get_status_code() >= 200
+        self._keep_alive = self._parser.should_keep_alive()  # known only here: the parser forgets it afterwards
 
     # ------------------------------------------------------------------------------------------------ internals
 

@@ -35,6 +35,8 @@ class Engine:
     status: int = 200
     hangs: bool = False
     sends_done: bool = True
+    answers_per_connection: int = 1_000_000  # then it closes on the next request, as after a keep-alive timeout
+    connections: int = 0
     requests: list[dict[str, object]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     cancelled: int = 0
@@ -52,9 +54,12 @@ class Engine:
         self._server.close()
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         try:
-            while await self._one(reader, writer):
-                pass
+            for _ in range(self.answers_per_connection):
+                if not await self._one(reader, writer):
+                    return
+            await reader.readuntil(b"\r\n\r\n")
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
 
 from controller.domain.classes import ClassScheme, RequestClass
 from controller.domain.reasons import Level
@@ -241,11 +240,3 @@ class EffectDone:
 
 
 Event = Tick | NodeSeen | LoadSeen | EffectDone
-
-
-class FleetPort(Protocol):
-    """A fleet that carries effects out. Results come back as `EffectDone`, never as return values."""
-
-    def submit(self, effect: FleetEffect) -> None:
-        """Begins an effect and returns at once."""
-        ...

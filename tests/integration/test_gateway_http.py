@@ -139,6 +139,18 @@ async def test_an_engine_that_cannot_be_reached_is_replaced_and_spared_for_a_whi
     assert 1 <= float(failovers[0].split()[-1]) <= 3
 
 
+async def test_connections_are_kept_and_a_stale_one_is_no_engine_failure() -> None:
+    keeping, closing = Engine(), Engine(answers_per_connection=2)
+    for engine, connections in ((keeping, 1), (closing, 3)):
+        async with system(engine) as (gateway, _):
+            for number in range(6):
+                assert (await complete(gateway, stream=number % 2 == 0)).status_code == 200
+            metrics = await get(gateway, "/metrics")
+        assert len(engine.requests) == 6
+        assert engine.connections == connections
+        assert "dynamollm_gateway_failovers_total 0.0" in metrics
+
+
 async def test_when_every_engine_fails_the_client_gets_one_clear_error() -> None:
     async with system(Engine(dies_after=0), Engine(dies_after=0), Engine(dies_after=0)) as (gateway, controller):
         answer = await complete(gateway, stream=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -29,8 +30,8 @@ def test_a_setting_that_does_not_hold_is_refused(tmp_path: Path) -> None:
     """As on a file system without shared memory, where SQLite answers the question for WAL with another mode."""
 
     class Stubborn(sqlite3.Connection):
-        def execute(self, sql: str, *rest: object) -> sqlite3.Cursor:  # type: ignore[override]
-            return super().execute(sql.replace("= wal", "= delete"), *rest)  # type: ignore[arg-type]
+        def execute(self, sql: str, *rest: Any) -> sqlite3.Cursor:
+            return super().execute(sql.replace("= wal", "= delete"), *rest)
 
     connection = sqlite3.connect(tmp_path / "h.db", factory=Stubborn)
     with pytest.raises(sqlite3.OperationalError, match="journal_mode = delete where wal"):

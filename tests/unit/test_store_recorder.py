@@ -231,7 +231,7 @@ def test_a_close_that_loses_something_says_so(engine: Engine, database_url: str,
 def test_a_commit_whose_answer_is_lost_makes_no_second_row(engine: Engine, database_url: str, spool: Path) -> None:
     """The transaction is in, the connection breaks before the answer: the recorder can only write it again."""
     recorder = quick_recorder(database_url, spool)
-    broken = []
+    broken: list[int] = []
 
     @event.listens_for(recorder._engine, "commit")
     def commit_and_break(connection: object) -> None:

@@ -23,6 +23,7 @@ from controller.store.records import (
     EnergySource,
     NodeRecord,
     PlanRecord,
+    SloRow,
     TelemetryRow,
 )
 from controller.store.repositories import (
@@ -114,7 +115,7 @@ def test_writing_again_adds_nothing(engine: Engine) -> None:
 
 def test_the_same_numbers_of_another_term_are_other_rows(engine: Engine) -> None:
     write_records(engine, one_of_each())
-    later = [replace(record, term=2) for record in one_of_each() if not isinstance(record, NodeRecord)]  # type: ignore[call-arg]
+    later = [replace(record, term=2) for record in one_of_each() if not isinstance(record, NodeRecord)]
     assert write_records(engine, later) == len(later)
 
 
@@ -283,12 +284,12 @@ def test_decisions_beside_what_happened(engine: Engine) -> None:
 
 def test_slo_by_class_and_hour(engine: Engine) -> None:
     write_records(engine, one_of_each())
-    slo = next(record for record in one_of_each() if type(record).__name__ == "SloRow")
+    slo = next(record for record in one_of_each() if isinstance(record, SloRow))
     write_records(
         engine,
         [
-            replace(slo, window_start_s=NOON_S + 60, requests=81, in_slo=80, ttft_p99_ms=None),  # type: ignore[call-arg]
-            replace(slo, window_start_s=NOON_S + 120, requests=0, in_slo=0, model="silent"),  # type: ignore[call-arg]
+            replace(slo, window_start_s=NOON_S + 60, requests=81, in_slo=80, ttft_p99_ms=None),
+            replace(slo, window_start_s=NOON_S + 120, requests=0, in_slo=0, model="silent"),
         ],
     )
     busy, silent = rows(engine, "SELECT * FROM v_slo_by_class_hour ORDER BY model")

@@ -78,9 +78,9 @@ SELECT
     {hour_window_start} AS hour,
     model,
     request_class,
-    SUM(requests) AS requests,
-    SUM(in_slo) AS in_slo,
-    SUM(in_slo) * 1.0 / NULLIF(SUM(requests), 0) AS attainment,
+    CAST(SUM(requests) AS BIGINT) AS requests,
+    CAST(SUM(in_slo) AS BIGINT) AS in_slo,
+    CAST(SUM(in_slo) AS DOUBLE PRECISION) / NULLIF(SUM(requests), 0) AS attainment,
     MAX(ttft_p99_ms) AS worst_ttft_p99_ms,
     MAX(token_gap_p99_ms) AS worst_token_gap_p99_ms
 FROM slo_minute
@@ -93,11 +93,11 @@ SELECT
     {hour_window_start} AS hour,
     model,
     request_class,
-    SUM(arrived) AS arrived,
-    SUM(completed) AS completed,
-    SUM(failed) AS failed,
-    SUM(input_tokens) AS input_tokens,
-    SUM(output_tokens) AS output_tokens
+    CAST(SUM(arrived) AS BIGINT) AS arrived,
+    CAST(SUM(completed) AS BIGINT) AS completed,
+    CAST(SUM(failed) AS BIGINT) AS failed,
+    CAST(SUM(input_tokens) AS BIGINT) AS input_tokens,
+    CAST(SUM(output_tokens) AS BIGINT) AS output_tokens
 FROM load_minute
 GROUP BY {hour_window_start}, model, request_class
 """
