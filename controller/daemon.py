@@ -42,6 +42,7 @@ _log = get_logger(__name__)
 SERVICE = controller_pb2.DESCRIPTOR.services_by_name["Controller"].full_name
 LEAD_TTL_S = 15.0
 _RENEW_S = LEAD_TTL_S / 3
+_SETTLE_S = 2.0
 
 
 def read_profile(path: Path) -> Profile:
@@ -77,6 +78,8 @@ async def serve(config: ControllerConfig) -> None:
         lead = _lead(engine, holder, clock)
         recorder = open_recorder(config.database_url, config.spool_dir)
         held.callback(recorder.close)
+        # The newest plan may still wait in the spool from an outage.
+        recorder.settle(_SETTLE_S)
         save_profile(engine, profile.checksum(), profile.model, profile.to_json(), clock.wall_s())
         await _run(config, profile, engine, recorder, lead, clock, stop)
 

@@ -34,6 +34,7 @@ class Engine:
     dies_after: int | None = None
     status: int = 200
     hangs: bool = False
+    error_event_after: int | None = None  # tokens; then it ends as an engine does that is told to stop
     sends_done: bool = True
     answers_per_connection: int = 1_000_000  # then it closes on the next request, as after a keep-alive timeout
     connections: int = 0
@@ -99,11 +100,14 @@ class Engine:
         else:
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
             for number in range(tokens):
+                if number == self.error_event_after:
+                    _chunk(writer, b'data: {"error":{"message":"stopping","code":500}}\n\ndata: [DONE]\n\n')
+                    break
                 if number == self.dies_after or not await self._pause(reader):
                     return False
                 _chunk(writer, _event(body, number, tokens))
                 await writer.drain()
-            if self.sends_done:
+            if self.sends_done and self.error_event_after is None:
                 _chunk(writer, b"data: [DONE]\n\n")
             writer.write(b"0\r\n\r\n")
         await writer.drain()

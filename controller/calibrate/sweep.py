@@ -1,8 +1,8 @@
 """Calibration sweep: which operating points to measure, in which order, and the profile made of them.
 
 Works on any fleet behind `MeasureBackend`: the twin (simulator/calibration.py) or an idle node. Coarse first: at full
-clock the load doubles until the SLO breaks; the knee is then bisected, and every lower clock starts from the knee of
-the one above. A gate on the tails (attainment of the worst input bucket, P99 of token gaps) tells in from out.
+clock the load doubles until the SLO breaks; points are then added where the knee is estimated, and every lower clock
+starts from the knee of the one above. The gate is on the tails: attainment of the worst input bucket, P99 of gaps.
 Measured points are kept in a `PointCache`, so that an interrupted sweep goes on where it stopped.
 """
 
@@ -19,6 +19,7 @@ from typing import Protocol
 from controller.domain.classes import DEFAULT_GROUPS, ClassGroup, ClassScheme, RequestClass
 from controller.domain.decision import canonical_json
 from controller.domain.slo import Slo
+from controller.profile.fit import knee_rps
 from controller.profile.table import ClassMix, IdlePoint, OperatingPoint, Profile, StartCost, TokenWork
 
 Tokens = tuple[int, int]  # of one request: input, output
@@ -71,7 +72,9 @@ class SweepSettings:
     least_requests: int = 1200  # of all, there: a queue needs time to show that it grows
     curve_requests: int = 500  # per instance and point below the knee: only means are read
     first_rate_rps: float = 0.1  # the lightest load; a kind that misses the SLO there is not used
-    growth: float = 2.0  # of the first search
+    growth: float = 2.0  # steps of the first search, upwards
+    shrink: float = 0.75  # steps of the search at lower clocks, downwards from the knee above
+    refinements: int = 6  # at most
     precision: float = 0.05  # of the knee, relative
     curve_shares: tuple[float, ...] = (0.02, 0.06, 0.15, 0.3, 0.5, 0.75)  # of the knee; power bends at the low end
     seed: int = 1
@@ -83,7 +86,7 @@ class SweepPlan:
 
     groups: tuple[ClassGroup, ...] = DEFAULT_GROUPS
     tps: tuple[int, ...] = (2, 4, 8)
-    clocks_mhz: tuple[int, ...] = (800, 1000, 1200, 1400, 1600, 1800, 1980)
+    clocks_mhz: tuple[int, ...] = (800, 1000, 1200, 1400, 1700, 1980)
     slo: Slo = field(default_factory=Slo)
     scheme: ClassScheme = field(default_factory=ClassScheme)
     settings: SweepSettings = field(default_factory=SweepSettings)
@@ -164,13 +167,14 @@ def sweep_kind(
     """Measures one kind of instance at every clock, from the full one downwards."""
     gauge = _Gauge(backend, plan, group, tp, cache, on_point)
     points: list[OperatingPoint] = []
-    above: _Knee | None = None
+    above_rps: float | None = None
     for mhz in reversed(plan.clocks_mhz):
-        knee = _first_knee(gauge, mhz) if above is None else _next_knee(gauge, mhz, above)
-        points += _curve(gauge, mhz, knee)
-        if knee.good_rps == 0:
+        near = _search(gauge, mhz, above_rps)
+        knee = knee_rps(near, plan.slo)
+        points += _curve(gauge, mhz, near, knee)
+        if knee == 0:
             break  # a clock that misses the SLO at the lightest load: lower ones miss it too
-        above = knee
+        above_rps = knee
     return points
 
 
@@ -188,14 +192,6 @@ def sweep(
         if progress is not None:
             progress(Progress(done, len(kinds), len(points), f"{group} TP{tp}"))
     return points
-
-
-@dataclass(frozen=True, slots=True)
-class _Knee:
-    """Largest load found in SLO (0: not even the lightest) and the smallest found out of it."""
-
-    good_rps: float
-    bad_rps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,48 +217,69 @@ class _Gauge:
             self.on_point(point)
         return point
 
-    def in_slo(self, mhz: int, rate_rps: float) -> bool:
-        """The tail gate."""
-        return self(mhz, rate_rps, self.plan.gate_requests(self.group)).in_slo(self.plan.slo)
+    def near_knee(self, mhz: int, rate_rps: float) -> OperatingPoint:
+        """With as many requests as the verdict needs: few where a quarter of them leaves no doubt."""
+        requests = self.plan.gate_requests(self.group)
+        point = self(mhz, rate_rps, max(self.plan.settings.least_requests, requests // 4))
+        if point.attainment_worst == 1 or self.clearly_out(point):
+            return point
+        return self(mhz, rate_rps, requests)
+
+    def clearly_in(self, point: OperatingPoint) -> bool:
+        """At most half the misses that the SLO allows."""
+        slo = self.plan.slo
+        return 1 - point.attainment_worst <= (1 - slo.attainment) / 2 and point.gap_p99_ms <= slo.token_gap_p99_ms
+
+    def clearly_out(self, point: OperatingPoint) -> bool:
+        """At least twice the misses, or a tenth more of the token gap."""
+        slo = self.plan.slo
+        return 1 - point.attainment_worst >= (1 - slo.attainment) * 2 or point.gap_p99_ms > slo.token_gap_p99_ms * 1.1
 
 
-def _first_knee(gauge: _Gauge, mhz: int) -> _Knee:
+def _search(gauge: _Gauge, mhz: int, above_rps: float | None) -> list[OperatingPoint]:
+    """Points around the knee, by rising load. Attainment is a noisy sample and often flat: the knee is not where one
+    point fails, but where the monotone curve through all of them crosses the bound."""
     settings = gauge.plan.settings
-    good, bad = 0.0, settings.first_rate_rps
-    while gauge.in_slo(mhz, bad):
-        good, bad = bad, bad * settings.growth
-    return _bisect(gauge, mhz, good, bad)
+    found: dict[float, OperatingPoint] = {}
+    if above_rps is None:
+        rate = settings.first_rate_rps
+        while not gauge.clearly_out(found.setdefault(rate, gauge.near_knee(mhz, rate))):
+            rate *= settings.growth
+    else:
+        # A lower clock carries no more than the one above it.
+        rate = above_rps
+        while not gauge.clearly_in(found.setdefault(rate, gauge.near_knee(mhz, rate))):
+            rate *= settings.shrink
+            if rate < settings.first_rate_rps:
+                break
+    for _ in range(settings.refinements):
+        rates = sorted(found)
+        knee = knee_rps([found[r] for r in rates], gauge.plan.slo)
+        low = max((r for r in rates if r <= knee), default=0.0)
+        high = min((r for r in rates if r > knee), default=0.0)
+        if low == 0 or high <= low * (1 + settings.precision):
+            break
+        # The estimate is of use once its neighbours are near and it is not at one of them; else the gap is halved.
+        near = high <= low * settings.growth**0.5
+        apart = min(knee / low, high / knee) >= 1 + settings.precision / 2
+        rate = knee if near and apart else (low * high) ** 0.5
+        found[rate] = gauge.near_knee(mhz, rate)
+    return [found[rate] for rate in sorted(found)]
 
 
-def _next_knee(gauge: _Gauge, mhz: int, above: _Knee) -> _Knee:
-    """A lower clock carries no more: search downwards from the knee above it."""
+def _curve(gauge: _Gauge, mhz: int, near: list[OperatingPoint], knee: float) -> list[OperatingPoint]:
+    """The points of one clock that go into the profile: those below the knee, and the first two beyond it."""
+    if knee == 0:
+        return near[:1]
     settings = gauge.plan.settings
-    rate = above.good_rps
-    if gauge.in_slo(mhz, rate):
-        return above
-    bad = rate
-    while (rate := bad * 0.8) >= settings.first_rate_rps:
-        if gauge.in_slo(mhz, rate):
-            return _bisect(gauge, mhz, rate, bad)
-        bad = rate
-    return _Knee(0.0, bad)
-
-
-def _bisect(gauge: _Gauge, mhz: int, good: float, bad: float) -> _Knee:
-    while 0 < good * (1 + gauge.plan.settings.precision) < bad:
-        middle = (good * bad) ** 0.5
-        good, bad = (middle, bad) if gauge.in_slo(mhz, middle) else (good, middle)
-    return _Knee(good, bad)
-
-
-def _curve(gauge: _Gauge, mhz: int, knee: _Knee) -> list[OperatingPoint]:
-    """The points of one clock that go into the profile: below the knee, at it, and the first beyond it."""
-    settings, gate = gauge.plan.settings, gauge.plan.gate_requests(gauge.group)
-    if knee.good_rps == 0:
-        return [gauge(mhz, knee.bad_rps, gate)]
-    low = [gauge(mhz, share * knee.good_rps, settings.curve_requests) for share in settings.curve_shares]
-    edge = [gauge(mhz, rate, gate) for rate in (knee.good_rps, knee.bad_rps)]
-    return low + edge
+    measured = [point.rate_rps for point in near]
+    low = [
+        gauge(mhz, share * knee, settings.curve_requests)
+        for share in settings.curve_shares
+        if not any(abs(rate / (share * knee) - 1) < settings.precision for rate in measured)
+    ]
+    beyond = [point for point in near if point.rate_rps > knee]
+    return low + [point for point in near if point.rate_rps <= knee] + beyond[:2]
 
 
 # ------------------------------------------------------------------------------------------------- assembly

@@ -168,6 +168,8 @@ class Relay:
                     whole = None
                     if answer.status >= 500:
                         raise UpstreamFailed(f"the engine answered {answer.status}")
+                    if inbound.stream and answer.opens_with_error:
+                        raise UpstreamFailed("the engine's first event was an error")
                     if not inbound.stream or answer.status != 200:
                         whole = await answer.read_all(self._limits.answer_bytes)
                     headers = self._headers(answer, request, classified, instance, queue_s)
@@ -226,16 +228,18 @@ class Relay:
             return Outcome.FAILED
         await client.end()
         usage = answer.usage() if inbound.usage_wanted else None
-        tokens = _streamed_tokens(answer, usage, chat="chat" in inbound.target)
-        if tokens:
-            # Events after the last token (usage, [DONE]) are no gaps; an event may carry several tokens.
+        # A chat stream opens with an event that names the role only.
+        lead = int("chat" in inbound.target)
+        tokens = _count(usage, "completion_tokens") or answer.token_events(usage is not None) - lead
+        if tokens > 0:
+            # What comes after the last token (usage, [DONE]) is no gap; an event may carry several tokens.
             request_class = self._learn(inbound, classified, tokens, usage)
             self.meter.completed(
                 inbound.model,
                 request_class,
                 tokens,
                 answer.first_event_s - arrived_s,
-                answer.gaps_s[: tokens - 1],
+                answer.gaps_s[lead : lead + tokens - 1],
             )
         return Outcome.SERVED
 
@@ -298,14 +302,6 @@ def error_body(status: int, code: str, message: str, param: str | None = None) -
 
 def _error_event(message: str) -> bytes:
     return b"data: " + error_body(502, "engine_failed", message) + b"\n\n"
-
-
-def _streamed_tokens(answer: Answer, usage: Mapping[str, Any] | None, chat: bool) -> int:
-    """By the engine's own count, else one per event less those that carry none."""
-    if counted := _count(usage, "completion_tokens"):
-        return counted
-    # A chat stream opens with an event that names the role only.
-    return max(0, answer.events - answer.ended_with_done - (usage is not None) - chat)
 
 
 def _usage(whole: bytes) -> Mapping[str, Any] | None:

@@ -18,6 +18,8 @@ from common.http1 import ConnectFailed, Connection, Headers, connect, request_he
 HIGH_WATER_BYTES = 256 * 1024
 # The usage event is the last but one of a stream and far shorter than this.
 TAIL_BYTES = 2048
+# How engines tell of trouble within a stream: vLLM's present and former form.
+ERROR_EVENTS = (b'data: {"error"', b'data: {"object":"error"')
 IDLE_CONNECTIONS_PER_ENDPOINT = 64
 
 
@@ -139,9 +141,18 @@ class Answer:
                 return usage if isinstance(usage, dict) else None
         return None
 
+    @property
+    def opens_with_error(self) -> bool:
+        """An engine that stops has begun its stream and says so in the first event; asked before anything is read."""
+        return bool(self._pieces) and self._pieces[0].startswith(ERROR_EVENTS)
+
+    def token_events(self, usage_event: bool) -> int:
+        """Events less the end mark and, where there is one, the usage event."""
+        return self.events - self.ended_with_done - usage_event
+
     def complaint(self) -> str | None:
         """Why a stream that ended in good order is still no answer: the engine said so, or left out the end mark."""
-        if b'data: {"error"' in self._tail or b'data: {"object":"error"' in self._tail:
+        if any(start in self._tail for start in ERROR_EVENTS):
             return "the engine sent an error event"
         return None if self.ended_with_done else "the stream ended without [DONE]"
 

@@ -6,8 +6,9 @@ observations loses no energy: it is booked on the state seen before the gap.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from controller.domain.gpu_state import GpuState
 from controller.fleet.port import InstanceObservation, InstanceState, NodeObservation
@@ -49,8 +50,12 @@ class EnergyEntry:
 
 @dataclass(slots=True)
 class EnergyBook:
-    """Feed it every observation; it yields what each GPU spent since the one before."""
+    """Feed it every observation; it yields what each GPU spent since the one before.
 
+    `pool_of` names the pool that an instance serves now, where that is not the one it was started for.
+    """
+
+    pool_of: Callable[[InstanceObservation], str] = attrgetter("pool")
     _last: dict[str, tuple[float, float, str, str, int, GpuState, int | None]] = field(default_factory=dict)
 
     def add(self, seen: NodeObservation) -> Iterator[EnergyEntry]:
@@ -63,7 +68,7 @@ class EnergyBook:
             self._last[gpu.uuid] = (
                 seen.observed_at_s,
                 gpu.energy_j,
-                instance.pool if instance else "",
+                self.pool_of(instance) if instance else "",
                 instance.instance_id if instance else "",
                 instance.tp if instance else 0,
                 gpu_state(instance),

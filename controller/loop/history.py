@@ -12,11 +12,10 @@ from controller.domain.classes import RequestClass
 from controller.domain.decision import Decision
 from controller.domain.gpu_state import GpuState
 from controller.domain.reasons import Level
-from controller.fleet.port import NodeObservation
-from controller.loop.accounting import EnergyBook, EnergyEntry
+from controller.loop.accounting import EnergyEntry
 from controller.loop.load import ClassWindow, LoadWindow
 from controller.loop.state import Instant
-from controller.store.records import LoadRow, Record, SloRow, TelemetryRow, TransitionRow
+from controller.store.records import DecisionOutcome, LoadRow, Record, SloRow, TelemetryRow, TransitionRow
 
 _EnergyKey = tuple[str, str, GpuState, str, str]
 
@@ -36,14 +35,18 @@ class WindowBook:
     term: int
     model: str
     window_s: float
-    _energy: EnergyBook = field(default_factory=EnergyBook)
     _start_s: float | None = None
     _spent: dict[_EnergyKey, _Spent] = field(default_factory=dict)
     _load: dict[RequestClass, ClassWindow] = field(default_factory=dict)
 
-    def add_node(self, seen: NodeObservation) -> None:
-        for entry in self._energy.add(seen):
-            self._book(entry)
+    def add(self, entry: EnergyEntry) -> None:
+        key = (entry.node_id, entry.gpu_uuid, entry.state, entry.pool, entry.instance_id)
+        spent = self._spent.setdefault(key, _Spent())
+        spent.seconds += entry.seconds
+        spent.energy_j += entry.energy_j
+        if entry.sm_mhz is not None:
+            spent.mhz_seconds += entry.sm_mhz * entry.seconds
+            spent.clocked_s += entry.seconds
 
     def add_load(self, window: LoadWindow) -> None:
         for request_class, counts in window.classes.items():
@@ -61,15 +64,6 @@ class WindowBook:
         self._spent = {}
         self._load = {}
         return rows
-
-    def _book(self, entry: EnergyEntry) -> None:
-        key = (entry.node_id, entry.gpu_uuid, entry.state, entry.pool, entry.instance_id)
-        spent = self._spent.setdefault(key, _Spent())
-        spent.seconds += entry.seconds
-        spent.energy_j += entry.energy_j
-        if entry.sm_mhz is not None:
-            spent.mhz_seconds += entry.sm_mhz * entry.seconds
-            spent.clocked_s += entry.seconds
 
     def _telemetry_rows(self, start_s: float) -> list[Record]:
         return [
@@ -122,6 +116,60 @@ def _add(a: ClassWindow, b: ClassWindow) -> ClassWindow:
         a.input_tokens + b.input_tokens,
         a.output_tokens + b.output_tokens,
     )
+
+
+@dataclass(slots=True)
+class OutcomeBook:
+    """What happened after each decision of the slow levels, until the next one of the same scope: its outcome.
+
+    A pool's energy is that of its instances, as its prediction is; the cluster's is that of every GPU.
+    """
+
+    _open: dict[tuple[Level, str], Decision] = field(default_factory=dict)
+    _began_s: dict[tuple[Level, str], float] = field(default_factory=dict)
+    _energy_j: dict[tuple[Level, str], float] = field(default_factory=dict)
+    _ended: dict[tuple[Level, str], list[int]] = field(default_factory=dict)  # completed + failed, in SLO, arrived
+
+    def add(self, entry: EnergyEntry) -> None:
+        for key in self._open:
+            if key[0] is Level.CLUSTER or key[1] == entry.pool:
+                self._energy_j[key] += entry.energy_j
+
+    def add_load(self, window: LoadWindow, pool_classes: Mapping[str, frozenset[RequestClass]]) -> None:
+        for key in self._open:
+            classes = None if key[0] is Level.CLUSTER else pool_classes.get(key[1], frozenset())
+            ended = self._ended[key]
+            for request_class, counts in window.classes.items():
+                if classes is None or request_class in classes:
+                    ended[0] += counts.completed + counts.failed
+                    ended[1] += counts.in_slo
+                    ended[2] += counts.arrived
+
+    def decided(self, decision: Decision, now: Instant) -> list[Record]:
+        """Opens a decision and closes the one before it in its scope."""
+        if decision.level is Level.INSTANCE:
+            return []
+        key = (decision.level, decision.scope)
+        before = self._open.get(key)
+        closed: list[Record] = []
+        window_s = now.wall_s - self._began_s.get(key, now.wall_s)
+        if before is not None and window_s > 0:
+            ended, in_slo, arrived = self._ended[key]
+            closed.append(
+                DecisionOutcome(
+                    before.term,
+                    before.number,
+                    measured_at_s=now.wall_s,
+                    window_s=window_s,
+                    power_w=self._energy_j[key] / window_s,
+                    energy_j=self._energy_j[key],
+                    load_rps=arrived / window_s,
+                    slo_attainment=in_slo / ended if ended else None,
+                )
+            )
+        self._open[key], self._began_s[key] = decision, now.wall_s
+        self._energy_j[key], self._ended[key] = 0.0, [0, 0, 0]
+        return closed
 
 
 @dataclass(slots=True)

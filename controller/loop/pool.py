@@ -115,12 +115,17 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
             **({"plan": plan_json(state)} if accept else {}),
         },
         alternatives=tuple(alternatives),
-        predicted_power_w=(candidate if accept else present).power_w,
+        # Of its instances alone: the empty GPUs of a grant belong to nobody.
+        predicted_power_w=_power_w(turn, counts if accept else present_counts, demand),
         predicted_slo_margin=margin((candidate if accept else present).load_ratio),
         solver=solver_report(solution, len(problem.columns)),
         parent=plan.decided_by,
     )
     return fallback is not None and not fallback.carries and not pending.cold
+
+
+def _power_w(turn: Turn, counts: Mapping[tuple[str, int], int], demand: Mapping[str, float]) -> float:
+    return price(turn.state.fit, counts, demand, sum(tp * n for (_, tp), n in counts.items())).power_w
 
 
 def _in_cluster(turn: Turn, counts: Mapping[tuple[str, int], int], pool: str) -> dict[tuple[str, int], int]:

@@ -31,6 +31,7 @@ from controller.fleet.port import (
     Event,
     LoadSeen,
     NodeEffect,
+    NodeObservation,
     NodeSeen,
     PublishRouting,
     ReleaseClocks,
@@ -39,13 +40,14 @@ from controller.fleet.port import (
     StopInstance,
     Tick,
 )
+from controller.loop.accounting import EnergyBook
 from controller.loop.core import Core
-from controller.loop.history import TransitionLog, WindowBook
+from controller.loop.history import OutcomeBook, TransitionLog, WindowBook
 from controller.loop.load import LoadBook
 from controller.loop.planning import counts_json, transition_pending
 from controller.loop.state import Instant, State
 from controller.policy.milp.model import solve
-from controller.store.records import ActionKind, ActionRecord, PlanRecord, Record
+from controller.store.records import ActionKind, ActionRecord, NodeRecord, PlanRecord, Record
 
 _log = get_logger(__name__)
 
@@ -80,6 +82,9 @@ class Runtime:
         self._on_decision = on_decision
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._windows = WindowBook(term, settings.model, telemetry_window_s)
+        self._energy = EnergyBook(core.state.pool_of)
+        self._outcomes = OutcomeBook()
+        self._noted: dict[str, int] = {}  # nodes in the history, with the GPUs they had
         self._reports = LoadBook(keep_s=telemetry_window_s)
         self._transitions = TransitionLog(term, settings.model)
         self._scheduler = AsyncIOScheduler()
@@ -159,14 +164,25 @@ class Runtime:
     def _observe(self, event: Event) -> None:
         match event:
             case NodeSeen():
-                self._windows.add_node(event.observation)
+                for entry in self._energy.add(event.observation):
+                    self._windows.add(entry)
+                    self._outcomes.add(entry)
+                self._note_node(event.observation)
             case LoadSeen() if event.observation.model == self.state.settings.model:
                 window = self._reports.add(event.observation)
                 if window is not None:
                     self._windows.add_load(window)
+                    self._outcomes.add_load(window, {n: p.group.classes for n, p in self.state.pools.items()})
+
+    def _note_node(self, seen: NodeObservation) -> None:
+        if self._noted.get(seen.node_id) != len(seen.gpus):
+            self._noted[seen.node_id] = len(seen.gpus)
+            agent = self._agents.get(seen.node_id)
+            address = agent.address if agent is not None else ""
+            self._write([NodeRecord(seen.node_id, self._clock.wall_s(), len(seen.gpus), address)])
 
     def _take_decision(self, decision: Decision, before: dict[str, int]) -> None:
-        self._write([decision])
+        self._write([decision, *self._outcomes.decided(decision, self._now())])
         self._on_decision(decision)
         plan = decision.outcome.get("plan")
         if plan is not None and decision.outcome.get("accepted"):

@@ -128,7 +128,7 @@ def _curve(profile: Profile, points: Sequence[OperatingPoint], safety_margin: fl
     runnings_p99 = _rising([p.running_p99 for p in points], weights)
     buckets = [b for b in Bucket if all(b in p.ttft_p99_ms for p in points)]
     ttft = {b: _rising([p.ttft_p99_ms[b] for p in points], weights) for b in buckets}
-    knee = _knee(points, weights, profile.slo)
+    knee = knee_rps(points, profile.slo)
     idle_w = profile.idle_power_w(tp, mhz)
     if idle_w is not None and rates[0] > 0:
         # No load is a measured point too; its first request meets at most the latency of the lightest load.
@@ -148,8 +148,10 @@ def _curve(profile: Profile, points: Sequence[OperatingPoint], safety_margin: fl
     )
 
 
-def _knee(points: Sequence[OperatingPoint], weights: Sequence[float], slo: Slo) -> float:
-    """Largest load in SLO: the last measured one, plus the way to the next as far as attainment and gap allow."""
+def knee_rps(points: Sequence[OperatingPoint], slo: Slo) -> float:
+    """Largest load in SLO of one instance at one clock, without margin: the last measured one that is, plus the way
+    to the next as far as attainment and gap allow. `points` by rising load; 0 when the lightest is not in SLO."""
+    weights = [float(max(p.requests, 1)) for p in points]
     attainment = [-value for value in _rising([-p.attainment_worst for p in points], weights)]
     gap = _rising([p.gap_p99_ms for p in points], weights)
     good = [a >= slo.attainment and g <= slo.token_gap_p99_ms for a, g in zip(attainment, gap, strict=True)]

@@ -36,8 +36,19 @@ PATIENCE_S = 30.0
 RECORDER_PATIENCE_S = 2.0
 
 
-class StoreUnavailable(Exception):
-    """The database did not do what was asked: gone, locked beyond patience, full, or not at the right revision."""
+class StoreUnavailable(UserError):
+    """The database did not do what was asked: gone, locked beyond patience, full, or not at the right revision.
+
+    `why` is what the driver said. A command that is stopped by it ends with one line for the person at the terminal.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"the history database fails: {why}.",
+            "Check that it is there, at the right revision (`dynamollm db current`), and not held by another program.",
+            EXIT_UNAVAILABLE,
+        )
+        self.why = why
 
 
 def open_engine(url: str, *, patience_s: float = PATIENCE_S, create: bool = False) -> Engine:

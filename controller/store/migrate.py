@@ -86,7 +86,7 @@ def _migrate(engine: Engine, direction: str, revision: str) -> str:
             return MigrationContext.configure(connection).get_current_revision() or "base"
     except StoreUnavailable as error:
         raise UserError(
-            f"{_named(engine)} could not be migrated: {error}.",
+            f"{_named(engine)} could not be migrated: {error.why}.",
             "Nothing was changed. Stop whatever else uses it and try again.",
             EXIT_UNAVAILABLE,
         ) from error

@@ -246,7 +246,7 @@ class Recorder:
         try:
             new = write_rows(self._engine, rows)
         except StoreUnavailable as error:
-            self._failed(str(error))
+            self._failed(error.why)
             return False
         except RowRefused as error:
             if len(rows) > 1:

@@ -6,7 +6,7 @@ work is judged. `summarise` turns what was booked into the figures of one measur
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -35,8 +35,8 @@ class EnergyFigures:
 
 def summarise(entries: Iterable[EnergyEntry], open_s: float, close_s: float, gpus: int) -> EnergyFigures:
     """Figures of the window [open_s, close_s] on the entries' clock; an entry across an edge counts in proportion."""
-    energy_j: Counter[str] = Counter()
-    gpu_s: Counter[str] = Counter()
+    energy_j: defaultdict[str, float] = defaultdict(float)
+    gpu_s: defaultdict[str, float] = defaultdict(float)
     mhz_s = clocked_s = 0.0
     for entry in entries:
         inside_s = min(entry.start_s + entry.seconds, close_s) - max(entry.start_s, open_s)
@@ -50,12 +50,12 @@ def summarise(entries: Iterable[EnergyEntry], open_s: float, close_s: float, gpu
     seconds = close_s - open_s
     return EnergyFigures(
         seconds=seconds,
-        total_j=energy_j.total(),
+        total_j=sum(energy_j.values()),
         by_state_j=dict(energy_j),
         gpu_seconds_by_state=dict(gpu_s),
-        mean_power_w=energy_j.total() / seconds,
+        mean_power_w=sum(energy_j.values()) / seconds,
         mean_sm_mhz=mhz_s / clocked_s if clocked_s else None,
-        coverage=gpu_s.total() / (seconds * gpus),
+        coverage=sum(gpu_s.values()) / (seconds * gpus),
     )
 
 

@@ -18,7 +18,30 @@ from prometheus_client.registry import Collector
 from simulator.engine import Engine
 from simulator.iteration import EngineRequest
 
-_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+_TTFT_S = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
 _GAP_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -136,16 +159,10 @@ class EngineMetrics(Collector):
         for reason, count in (("capacity", waiting), ("deferred", 0)):
             reasons.add_metric([*self._labels.values(), reason], count)
         yield reasons
-        yield self._gauge(
-            "kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", engine.kv_usage_ratio
-        )
-        yield self._counter(
-            "num_preemptions", "Cumulative number of preemption from the engine.", counters.preemptions
-        )
+        yield self._gauge("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", engine.kv_usage_ratio)
+        yield self._counter("num_preemptions", "Cumulative number of preemption from the engine.", counters.preemptions)
         yield self._counter("prompt_tokens", "Number of prefill tokens processed.", counters.prompt_tokens)
-        yield self._counter(
-            "generation_tokens", "Number of generation tokens processed.", counters.generation_tokens
-        )
+        yield self._counter("generation_tokens", "Number of generation tokens processed.", counters.generation_tokens)
         success = CounterMetricFamily(
             "vllm:request_success",
             "Count of successfully processed requests.",
@@ -188,7 +205,8 @@ class EngineMetrics(Collector):
 
 def one_two_five(most: int) -> list[int]:
     """1, 2, 5, 10, 20, … up to `most`: vLLM's bounds for token counts."""
-    bounds, power = [], 1
+    bounds: list[int] = []
+    power = 1
     while True:
         for mantissa in (1, 2, 5):
             if mantissa * power > most:

@@ -117,10 +117,10 @@ async def test_requests_go_to_the_pool_of_their_length_and_bound_the_engines_wor
 
 
 async def test_an_engine_that_fails_before_the_first_byte_is_replaced_by_another() -> None:
-    for bad in (Engine(dies_after=0), Engine(status=500), Engine(status=503)):
+    for bad in (Engine(dies_after=0), Engine(status=500), Engine(status=503), Engine(error_event_after=0)):
         good = Engine()
         async with system(bad, good) as (gateway, _):
-            answers = await asyncio.gather(*(complete(gateway, stream=n % 2 == 0) for n in range(6)))
+            answers = await asyncio.gather(*(complete(gateway, stream=True) for _ in range(6)))
             assert [answer.status_code for answer in answers] == [200] * 6
             assert {answer.headers["x-dynamollm-instance"] for answer in answers} == {"e1"}
             assert len(good.requests) == 6
@@ -182,6 +182,14 @@ async def test_an_answer_without_its_end_mark_is_no_complete_answer() -> None:
     async with system(Engine(sends_done=False)) as (gateway, _):
         answer = await complete(gateway, stream=True, tokens=2)
         assert '"code": "engine_failed"' in answer.text
+
+
+async def test_an_engine_that_stops_within_an_answer_says_so_itself() -> None:
+    async with system(Engine(error_event_after=2)) as (gateway, controller):
+        answer = await complete(gateway, stream=True, tokens=4)
+        assert answer.text.count('"error"') == 1
+        assert '"message":"stopping"' in answer.text
+        await until(lambda: bool(controller.reports) and sum(c.failed for c in controller.reports[-1].classes) == 1)
 
 
 async def test_a_client_that_leaves_cancels_its_request_running_or_waiting() -> None:

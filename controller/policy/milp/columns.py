@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from controller.policy.milp.problem import Column
 from controller.profile.fit import ProfileFit
 
-# Upper ends of the load bins, as shares of the largest load in SLO. Finer where power bends.
+# Upper ends of the load bins, as shares of the largest load in SLO; the knee of every clock is added to them.
 LOAD_BINS: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -30,8 +30,8 @@ def _of_instance(fit: ProfileFit, pool: str, tp: int, bins: Sequence[float]) -> 
     if top <= 0:
         return []
     columns: list[Column] = []
-    for share in sorted(set(bins)):
-        rate = top * share
+    knees = (curve.max_rate_rps for curve in fit.clocks(pool, tp))
+    for rate in sorted({*(top * share for share in bins), *knees}):
         best: Column | None = None
         for curve in fit.clocks(pool, tp):
             power = curve.power_w(rate) if curve.max_rate_rps > 0 and curve.max_rate_rps >= rate else None

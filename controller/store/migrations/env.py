@@ -12,9 +12,7 @@ def run() -> None:
         raise TypeError("migrations are run by controller.store.migrate, which passes its connection")
     # SQLite can undo DDL too, given that the driver does not commit behind our back (engine.py sees to that): a
     # killed upgrade leaves the database at the old revision, never between two.
-    context.configure(
-        connection=connection, target_metadata=Base.metadata, transactional_ddl=True, render_as_batch=True
-    )
+    context.configure(connection=connection, target_metadata=Base.metadata, transactional_ddl=True)
     with context.begin_transaction():
         context.run_migrations()
 
