@@ -79,7 +79,8 @@ class NodeObservation:
 
 @dataclass(frozen=True, slots=True)
 class ClassCounters:
-    """Cumulative since the gateway's start, for one request class (as classified at arrival)."""
+    """Cumulative since the gateway's start, for one request class. Arrivals and their input tokens count under the
+    class that the gateway expects; what has ended counts under the true one."""
 
     arrived: int = 0
     completed: int = 0

@@ -25,6 +25,8 @@ _log = get_logger(__name__)
 # Suspect instances come back and silent answers end at this grain.
 SWEEP_S = 0.25
 BACKLOG = 1024
+# Longer than clients keep idle connections (httpx: 5 s): whoever closes second has sent nothing into the void.
+KEEP_ALIVE_S = 75
 
 
 class _Server(uvicorn.Server):
@@ -82,6 +84,7 @@ async def run(config: GatewayConfig, listener: socket.socket) -> None:
             log_config=None,
             server_header=False,
             date_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(1, round(config.limits.drain_s)),
         )
     )

@@ -146,7 +146,7 @@ class Runtime:
 
     def _tick_lost(self, event: JobExecutionEvent) -> None:
         self.missed_ticks += 1
-        _log.warning("tick_lost", level=event.job_id, error=str(event.exception or "missed"))
+        _log.warning("tick_lost", manager=event.job_id, error=str(event.exception or "missed"))
 
     async def _work(self) -> None:
         while True:
@@ -194,7 +194,7 @@ class Runtime:
                 self._write(self._transitions.began(decision, self._now(), before, after))
         # One sentence per decision of the slow levels; the fast one is said only when it is new.
         if decision.level is not Level.INSTANCE or self._last_said.get(decision.level) != decision.sentence:
-            _log.info("decided", level=str(decision.level), sentence=decision.sentence)
+            _log.info(decision.sentence, manager=str(decision.level))
         self._last_said[decision.level] = decision.sentence
 
     def _after_tick(self) -> None:

@@ -113,8 +113,10 @@ def next_steps(
 
     moving = any(s.kind is not StepKind.WAIT or s.reason in _UNDER_WAY for s in steps)
     stuck = bool(held_back) and not moving
-    if stuck:
-        forced = _smallest_break(held_back, plan, serving, capacity, allow_shortfall)
+    # While a wanted instance has nowhere to start, a break would be made for nothing.
+    if stuck and not given_up:
+        awaited = {u for s in growing if s.reason is StepReason.WAITING_FOR_GPU for u in s.gpu_uuids}
+        forced = _smallest_break(held_back, awaited, plan, serving, capacity, allow_shortfall)
         if forced is not None:
             steps.append(forced)
             held_back = [c for c in held_back if c.instance_id != forced.instance_id]
@@ -307,6 +309,7 @@ def _after(serving: Mapping[str, tuple[str, int]], change: Step) -> dict[str, tu
 
 def _smallest_break(
     held_back: list[Step],
+    awaited: set[str],
     plan: Mapping[str, PlannedInstance],
     serving: Mapping[str, tuple[str, int]],
     capacity: CapacityModel,
@@ -315,7 +318,11 @@ def _smallest_break(
     """The change that hurts least, when nothing else can move and waiting would change nothing.
 
     Taken when the shortfall is declared acceptable, or when the wanted layout, once there, carries more than what
-    serves now: then standing still costs more than the break."""
+    serves now: then standing still costs more than the break. A drain whose GPUs nobody waits for is never forced:
+    the demand needs that instance, wanted or not."""
+    useful = [c for c in held_back if c.kind is StepKind.RELABEL or not awaited.isdisjoint(c.gpu_uuids)]
+    if not useful:
+        return None
     now_rps = shortfall_rps(serving.values(), capacity)
     wanted_rps = shortfall_rps(((p.pool, p.tp) for p in plan.values()), capacity)
     if not allow_shortfall and not wanted_rps < now_rps - 1e-9:
@@ -326,7 +333,7 @@ def _smallest_break(
         uncovered = _covered(serving.values(), capacity) - _covered(after.values(), capacity)
         return len(uncovered), shortfall_rps(after.values(), capacity), change.instance_id
 
-    return min(held_back, key=hurt)
+    return min(useful, key=hurt)
 
 
 def _held_back(change: Step, stuck: bool) -> Step:

@@ -8,6 +8,7 @@ from service.py; calls go to the GPU workers; the journal is written in between.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import math
 from collections.abc import Sequence
@@ -207,22 +208,21 @@ class Controls:
             self._wake.clear()
             self.last_beat_s = self._clock.monotonic_s()
             self._start_restores()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pause_s()):
                     await self._wake.wait()
-            except TimeoutError:
-                pass
 
     async def close(self) -> list[ControlKey]:
         """Takes no more requests and restores everything, for at most `stop_deadline_s`; returns what it could not."""
         self._closing = True
-        deadline_s = self._clock.monotonic_s() + self._config.stop_deadline_s
-        while self._journal.entries and self._clock.monotonic_s() < deadline_s:
-            self._leases.drop_all()  # again each time: a write that was under way may just have been granted
-            self._retry_at_s.clear()
-            await self.sweep()
-            if self._journal.entries:
-                await asyncio.sleep(min(0.1, self._config.restore_retry_s))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.stop_deadline_s):
+                while self._journal.entries:
+                    self._leases.drop_all()  # again each time: a write that was under way may just have been granted
+                    self._retry_at_s.clear()
+                    await self.sweep()
+                    if self._journal.entries:
+                        await asyncio.sleep(min(0.1, self._config.restore_retry_s))
         return list(self._journal.entries)
 
     def _start_restores(self) -> None:

@@ -197,14 +197,23 @@ def become_reaper() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def end_descendants(timeout_s: float = 3.0) -> None:
-    """Ends every process that stems from this one: asked first, then killed."""
+def end_descendants(environment: Mapping[str, str] | None = None, timeout_s: float = 3.0) -> None:
+    """Ends the processes that stem from this one, or those of them with these variables: asked first, then killed."""
     for send in (psutil.Process.terminate, psutil.Process.kill):
-        family = psutil.Process().children(recursive=True)
+        family = [child for child in psutil.Process().children(recursive=True) if _carries(child, environment or {})]
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 send(process)
         psutil.wait_procs(family, timeout=timeout_s)
+
+
+def _carries(process: psutil.Process, environment: Mapping[str, str]) -> bool:
+    if not environment:
+        return True
+    try:
+        return environment.items() <= process.environ().items()
+    except psutil.Error:  # it ended meanwhile
+        return False
 
 
 def last_line(log: Path) -> str:

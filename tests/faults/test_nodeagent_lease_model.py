@@ -34,7 +34,6 @@ from nodeagent.telemetry.metrics import AgentMetrics
 from tests.fakegpu import FakeDriver
 
 T = TypeVar("T")
-FOUND_W = (612.0, 650.0)
 RETRY_S = 1.0
 _write = journal_module.write_durably
 
@@ -50,7 +49,8 @@ class LeaseModel(RuleBasedStateMachine):
         self.path = Path(tempfile.mkdtemp(prefix="dynamollm-", dir=base))
         self.clock = VirtualClock()
         self.driver = FakeDriver(2)
-        for gpu, watts in zip(self.driver.gpus, FOUND_W, strict=True):
+        self.found_w = [612.0, 650.0]
+        for gpu, watts in zip(self.driver.gpus, self.found_w, strict=True):
             gpu.limit_w = watts
         self.may_hold_until: dict[tuple[int, type], float] = {}
         self.operator_until: dict[tuple[int, type], float] = {}
@@ -71,7 +71,7 @@ class LeaseModel(RuleBasedStateMachine):
         self.inventory = Inventory(self.driver, call_deadline_s=30.0)
         self.run(self.inventory.open())
         journal = recover_journal(self.path / "journal.json", boot_id, self.inventory, self.clock)
-        config = ControlsConfig(restore_retry_s=RETRY_S, stop_deadline_s=0.3)
+        config = ControlsConfig(restore_retry_s=RETRY_S, stop_deadline_s=0.02)
         metrics = AgentMetrics(CollectorRegistry())
         self.fence = Fence(self.path / "term.json", self.clock)
         self.controls = Controls(self.inventory, journal, self.fence, self.clock, config, metrics)
@@ -168,21 +168,23 @@ class LeaseModel(RuleBasedStateMachine):
         for index, gpu in enumerate(self.driver.gpus):
             if self.healthy(index):
                 assert gpu.lock_mhz is None
-                assert gpu.limit_w == FOUND_W[index]
+                assert gpu.limit_w == self.found_w[index]
         self.start_agent(self.boot_id)
 
     @precondition(lambda self: all(self.healthy(index) for index in range(2)))
-    @rule(keep=st.integers(0, 60))
-    def agent_dies_and_the_journal_is_cut(self, keep: int) -> None:
+    @rule(part=st.floats(0, 0.99))
+    def agent_dies_and_the_journal_is_cut(self, part: float) -> None:
         path = self.path / "journal.json"
         if not path.exists():
             return
-        path.write_bytes(path.read_bytes()[:keep])
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(part * len(whole))])
+        # What was found before the first write is lost with the journal: from here on it is the driver's default.
+        self.found_w = [700.0, 700.0]
         self.start_agent(self.boot_id)
-        for gpu, watts in zip(self.driver.gpus, FOUND_W, strict=True):
+        for gpu in self.driver.gpus:
             assert gpu.lock_mhz is None
-            assert gpu.limit_w == 700.0  # what was found before is lost with the journal: the driver's default
-            gpu.limit_w = watts
+            assert gpu.limit_w == 700.0
 
     @invariant()
     def nothing_outlives_its_lease(self) -> None:
@@ -191,7 +193,7 @@ class LeaseModel(RuleBasedStateMachine):
         for index, gpu in enumerate(self.driver.gpus):
             for kind, name, moved in (
                 (ClockLock, "clock_lock", gpu.lock_mhz is not None),
-                (PowerLimit, "power_limit", gpu.limit_w != FOUND_W[index]),
+                (PowerLimit, "power_limit", gpu.limit_w != self.found_w[index]),
             ):
                 live = self.may_hold_until.get((index, kind), 0.0) > self.clock.now_s
                 if moved and not live:
@@ -206,7 +208,7 @@ class LeaseModel(RuleBasedStateMachine):
             gpu.fault = None
         self.clock.advance(200.0 + RETRY_S)
         self.run(self.controls.sweep())
-        for gpu, watts in zip(self.driver.gpus, FOUND_W, strict=True):
+        for gpu, watts in zip(self.driver.gpus, self.found_w, strict=True):
             assert gpu.lock_mhz is None
             assert gpu.limit_w == watts
         assert self.controls.unrestored() == []

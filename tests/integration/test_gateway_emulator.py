@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from common.latency import BucketBound, summarise
 from common.loadgen import LoadOptions, Status, counts, overhead_s, run_load
-from controller.domain.classes import by_input
+from controller.domain.classes import ClassScheme, by_input
 from simulator import traces
 from simulator.host.nvml.state import HostState
 from tests.gateway_stand_ins import (
@@ -90,13 +91,16 @@ async def healthy(client: httpx.AsyncClient, endpoint: str) -> bool:
 async def test_a_generated_trace_is_served_whole(tmp_path: Path) -> None:
     trace = traces.generate("conv", duration_s=6, mean_rate_rps=5, seed=7)
     controller = StandInController()
-    async with emulators(tmp_path / "gpus", 2) as engines, controlling(controller) as port:
-        async with gateway_process(port, report_interval_s=0.2) as gateway:
-            (short, _), (long, _) = engines
-            controller.publish(table((SHORT, {"s": short}), (LONG, {"l": long}), max_in_flight=64))
-            await until_healthy(gateway)
-            records = await run_load(trace, LoadOptions(gateway.url, MODEL))
-            await until(lambda: sum(c.completed for c in controller.reports[-1].classes) == len(trace))
+    async with (
+        emulators(tmp_path / "gpus", 2) as engines,
+        controlling(controller) as port,
+        gateway_process(port, report_interval_s=0.2) as gateway,
+    ):
+        (short, _), (long, _) = engines
+        controller.publish(table((SHORT, {"s": short}), (LONG, {"l": long}), max_in_flight=64))
+        await until_healthy(gateway)
+        records = await run_load(trace, LoadOptions(gateway.url, MODEL))
+        await until(lambda: sum(c.completed for c in controller.reports[-1].classes) == len(trace))
     assert counts(records) == {Status.SERVED: len(trace)}
     assert [(r.input_tokens, r.tokens) for r in records] == [(r.input_tokens, r.output_tokens) for r in trace]
     for record in records:
@@ -105,10 +109,10 @@ async def test_a_generated_trace_is_served_whole(tmp_path: Path) -> None:
     report = controller.reports[-1]
     assert sum(c.output_tokens for c in report.classes) == sum(r.tokens for r in records)
     assert sum(c.token_gap_seconds.counts[-1] for c in report.classes) == sum(r.tokens - 1 for r in records)
-    true_classes = {
-        c.request_class: c.completed for c in report.classes if c.completed
-    }  # the load's own classes, not the predicted ones
-    assert sum(n for name, n in true_classes.items() if name[0] == "L") == sum(r.input_tokens >= 1024 for r in records)
+    # Outcomes count under true classes, not the predicted ones.
+    scheme = ClassScheme()
+    true_classes = Counter(str(scheme.classify(r.input_tokens, r.output_tokens)) for r in records)
+    assert {c.request_class: c.completed for c in report.classes if c.completed} == true_classes
     everything = summarise((r.latency() for r in records), BUCKETS, tbt_ms=100.0)[-1]
     assert everything.served == len(trace)
     assert everything.tbt_p50_ms is not None
@@ -123,19 +127,19 @@ async def test_an_engine_that_goes_away_loses_no_request_without_a_word(tmp_path
     """One is killed, one told to stop: what they were answering fails clearly, what waited is served elsewhere."""
     for number in (signal.SIGKILL, signal.SIGTERM):
         controller = StandInController()
-        async with emulators(tmp_path / f"gpus{number}", 2) as engines, controlling(controller) as port:
-            async with gateway_process(port) as gateway:
-                controller.publish(
-                    table((ALL, {f"e{n}": endpoint for n, (endpoint, _) in enumerate(engines)}), max_in_flight=6)
-                )
-                await until_healthy(gateway)
-                running = asyncio.create_task(
-                    run_load([(n * 0.05, 400, 40) for n in range(60)], LoadOptions(gateway.url, MODEL))
-                )
-                await asyncio.sleep(1.2)
-                engines[0][1].send_signal(number)
-                records = await running
-                await check_idle(gateway)
+        async with (
+            emulators(tmp_path / f"gpus{number}", 2) as engines,
+            controlling(controller) as port,
+            gateway_process(port) as gateway,
+        ):
+            controller.publish(table((ALL, {f"e{n}": url for n, (url, _) in enumerate(engines)}), max_in_flight=6))
+            await until_healthy(gateway)
+            load = [(n * 0.05, 400, 40) for n in range(60)]
+            running = asyncio.create_task(run_load(load, LoadOptions(gateway.url, MODEL)))
+            await asyncio.sleep(1.2)
+            engines[0][1].send_signal(number)
+            records = await running
+            await check_idle(gateway)
         got = counts(records)
         assert set(got) <= {Status.SERVED, Status.FAILED}, got
         assert 1 <= got[Status.FAILED] <= 6  # at most what it held

@@ -56,7 +56,7 @@ def post(prompt: object = (1, 2, 3), tokens: int = 5, **more: object) -> dict[st
 
 async def complete(gateway: Gateway, **body: object) -> httpx.Response:
     async with httpx.AsyncClient(base_url=gateway.url, timeout=30) as client:
-        return await client.post("/v1/completions", json=post(**body))  # type: ignore[arg-type]
+        return await client.post("/v1/completions", json=post(**body))
 
 
 async def get(gateway: Gateway, path: str) -> str:

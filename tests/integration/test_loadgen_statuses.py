@@ -38,7 +38,7 @@ async def test_served_requests_carry_all_times() -> None:
         assert stamped.tbt_s >= 0.015
         assert record.latency(by_stamps=False).ttft_s == record.ttft_s
     assert len(overhead_s(records)) == 13
-    assert [len(request["prompt"]) for request in engine.requests] == [10, 300]  # type: ignore[arg-type]
+    assert [len(request["prompt"]) for request in engine.requests] == [10, 300]
     assert engine.requests[0]["ignore_eos"] is True
     assert engine.requests[0]["max_tokens"] == 5
 

@@ -99,6 +99,8 @@ def _why_infeasible(problem: PlanProblem, partition: tuple[PoolDemand, ...]) -> 
     need = 0
     for demand in partition:
         kinds = [c for c in problem.columns if c.pool == demand.pool]
+        if demand.rate_rps <= 0 and demand.min_instances <= 0:
+            continue
         if not kinds:
             return f"no operating point of pool {demand.pool} meets the SLO"
         densest = max(c.rate_rps / c.tp for c in kinds)
@@ -145,7 +147,8 @@ class _Model(NamedTuple):
 
 def _solve_partition(problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str) -> PartitionResult:
     pools = tuple(demand.pool for demand in partition)
-    if any(not any(c.pool == pool for c in problem.columns) for pool in pools):
+    known = {column.pool for column in problem.columns}
+    if any(d.pool not in known and (d.rate_rps > 0 or d.min_instances > 0) for d in partition):
         return _failed(pools, "infeasible", _why_infeasible(problem, partition))
     model = _build(problem, partition)
     try:

@@ -225,7 +225,9 @@ Global___ReportLoadRequest: _TypeAlias = ReportLoadRequest  # noqa: Y015
 
 @_typing.final
 class ClassLoad(_message.Message):
-    """Cumulative since the gateway's start, for one model and request class (by true token counts once known)."""
+    """Cumulative since the gateway's start, for one model and request class. Arrivals and their input tokens count under
+    the class that the gateway expects; what has ended counts under the true one.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
