@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
 
 from common import sd_notify
 from common.clock import Clock, SystemClock
@@ -81,6 +81,7 @@ class Controlled:
 
 async def open_controls(config: NodeAgentConfig, driver: GpuDriver, host: HostFacts, clock: Clock) -> Controlled:
     """Opens the GPUs and finds out what an earlier agent left behind. Restores nothing yet."""
+    disable_created_metrics()  # type: ignore[no-untyped-call] # a second series a counter, of no use here
     registry = CollectorRegistry()
     metrics = AgentMetrics(registry)
     inventory = Inventory(driver, config.gpu.call_deadline_s)
@@ -133,6 +134,8 @@ class _Daemon:
 
     async def run(self) -> int:
         config = self._config
+        listen_file = config.state_dir / LISTEN_FILE
+        listen_file.unlink(missing_ok=True)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
         parts = await open_controls(config, self._driver, self._host, self._clock)
@@ -169,7 +172,6 @@ class _Daemon:
         await instances.adopt()
         await server.start()
         await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        listen_file = config.state_dir / LISTEN_FILE
         write_durably(listen_file, (json.dumps(addresses, indent=1) + "\n").encode(), mode=0o644)
         beats = {
             lambda: controls.last_beat_s: STUCK_AFTER_S,

@@ -23,6 +23,7 @@ import simulator.engine
 import simulator.iteration
 import simulator.physics
 import simulator.steady
+from common.clock import SystemClock
 from common.errors import UserError
 from controller.calibrate.sweep import (
     FileCache,
@@ -34,6 +35,7 @@ from controller.calibrate.sweep import (
     Tokens,
     build_profile,
     rarest_share,
+    remaining_s,
     samples_by_group,
     sweep_kind,
 )
@@ -42,6 +44,7 @@ from controller.domain.decision import canonical_json
 from controller.domain.slo import Slo
 from controller.profile.table import OperatingPoint, Profile, StartCost
 from simulator.engine import Engine
+from simulator.iteration import Iteration
 from simulator.physics import Physics
 from simulator.steady import Outcome, Steady, serve_steadily
 from simulator.traces import CONV_ARRIVAL_CV, Kind, Request, Trace, scale_to_rate, token_mix
@@ -79,22 +82,28 @@ class TwinBackend:
         return self.physics.idle_w(self.plan.clocks_mhz[-1], context=False)
 
     def saturated_s_per_token(self, phase: Phase, tp: int, mhz: int, mean_tokens: tuple[float, float]) -> float:
-        """All requests at once, so that every iteration is full; decoding is timed while nothing prefills."""
+        """All requests at once, so that every iteration is full. Decoding is timed while nothing prefills and the
+        batch is as large as it gets, over contexts of the mean length."""
         engine = Engine(self.physics, tp)
-        inputs, outputs = round(mean_tokens[0]), round(mean_tokens[1])
-        prefill = phase is Phase.PREFILL
-        for number in range(SATURATING_REQUESTS if prefill else engine.max_running):
-            engine.add(str(number), inputs, 1 if prefill else outputs, 0.0)
-        seconds, tokens, now_s = 0.0, 0, 0.0
-        while (flight := engine.begin_iteration(now_s, mhz)) is not None:
-            if prefill:
-                seconds, tokens = seconds + flight.seconds, tokens + flight.prefill_tokens
-            elif not flight.chunks and flight.batch > engine.max_running // 2:
-                seconds, tokens = seconds + flight.seconds, tokens + flight.batch
-            now_s = flight.end_s
+        inputs, outputs = (max(1, round(tokens)) for tokens in mean_tokens)
+        if phase is Phase.PREFILL:
+            count, answer = SATURATING_REQUESTS, 1
+        else:
+            count, inputs = engine.max_running, inputs + outputs // 2
+            # So long that the first still decodes when the last has prefilled, and a little longer.
+            answer = count * inputs // (engine.chunk_tokens - engine.max_running) + 64
+        for number in range(count):
+            engine.add(str(number), inputs, answer, 0.0)
+        flights: list[Iteration] = []
+        while (flight := engine.begin_iteration(flights[-1].end_s if flights else 0.0, mhz)) is not None:
+            flights.append(flight)
             engine.finish_iteration(flight, every_token=False)
-        # Answers so short that no iteration decodes alone: the mixed run's time is all there is to go by.
-        return seconds / tokens if tokens else now_s / max(1, engine.counters.generation_tokens)
+        if phase is Phase.PREFILL:
+            return flights[-1].end_s / (count * inputs)
+        alone = [flight for flight in flights if not flight.chunks]  # the last answers always decode alone
+        most = max(flight.batch for flight in alone)
+        full = [flight for flight in alone if flight.batch > 0.9 * most]
+        return sum(flight.seconds for flight in full) / sum(flight.batch for flight in full)
 
 
 def arrivals(samples: Sequence[Tokens], rate_rps: float, count: int, seed: int) -> list[Request]:
@@ -198,6 +207,8 @@ def _sweep(
     """Kinds of instances side by side, each with a point cache of its own in `folder`."""
     kinds = plan.kinds()
     found: dict[tuple[str, int], list[OperatingPoint]] = {}
+    clock = SystemClock()
+    began_s = clock.monotonic_s()
     # Spawned, not forked: the caller may be a program with threads.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs = {
@@ -209,7 +220,8 @@ def _sweep(
             if progress is not None:
                 group, tp = jobs[job]
                 total = sum(len(points) for points in found.values())
-                progress(Progress(len(found), len(kinds), total, f"{group} TP{tp}"))
+                left_s = remaining_s(clock.monotonic_s() - began_s, len(found), len(kinds))
+                progress(Progress(len(found), len(kinds), total, f"{group} TP{tp}", left_s))
     return [point for kind in kinds for point in found[kind]]
 
 

@@ -52,7 +52,6 @@ class Parameters(ConfigModel):
     clock_step_mhz: PositiveInt
     hbm_bytes_per_s: PositiveFloat
     peak_flops: PositiveFloat
-    memory_bytes: PositiveInt
     weight_bytes: PositiveFloat
     flops_per_token: PositiveFloat
     layers: PositiveInt

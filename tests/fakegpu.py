@@ -1,4 +1,4 @@
-"""GPUs in memory for the node agent's tests: a hand-written driver that can be made to fail, and tells what it was asked.
+"""GPUs in memory for the node agent's tests: a hand-written driver that can be made to fail and tells what it did.
 
 The GPUs outlive any agent made over them, as real ones do: what a "killed" agent locked stays locked.
 """

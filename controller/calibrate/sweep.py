@@ -16,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from common.clock import Clock, SystemClock
 from controller.domain.classes import DEFAULT_GROUPS, ClassGroup, ClassScheme, RequestClass
 from controller.domain.decision import canonical_json
 from controller.domain.slo import Slo
@@ -69,6 +70,7 @@ class MeasureBackend(Protocol):
 @dataclass(frozen=True, slots=True)
 class SweepSettings:
     gate_requests: int = 700  # of the rarest input bucket, per instance and point near the knee: 1 % of them decide
+    least_share: float = 0.2  # a bucket rarer than this is judged by fewer requests
     least_requests: int = 1200  # of all, there: a queue needs time to show that it grows
     curve_requests: int = 500  # per instance and point below the knee: only means are read
     first_rate_rps: float = 0.1  # the lightest load; a kind that misses the SLO there is not used
@@ -94,8 +96,8 @@ class SweepPlan:
     rarest: Mapping[str, float] = field(default_factory=dict)
 
     def gate_requests(self, group: str) -> int:
-        """Requests per instance that the gate needs to judge the rarest bucket; a share below 5 % is not waited for."""
-        share = max(self.rarest.get(group, 1.0), 0.05)
+        """Requests per instance that the gate needs to judge the rarest bucket, within reason."""
+        share = max(self.rarest.get(group, 1.0), self.settings.least_share)
         return max(self.settings.least_requests, round(self.settings.gate_requests / share))
 
     def kinds(self) -> tuple[tuple[str, int], ...]:
@@ -145,12 +147,18 @@ class FileCache(MemoryCache):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of an estimated `total` kinds, points so far, and what was measured last."""
+    """`done` of `total` kinds, points so far, what was measured last, and an estimate of the time that is left."""
 
     done: int
     total: int
     points: int
     sentence: str
+    remaining_s: float
+
+
+def remaining_s(elapsed_s: float, done: int, total: int) -> float:
+    """As if what is left took as long as what is done."""
+    return elapsed_s / done * (total - done)
 
 
 OnPoint = Callable[[OperatingPoint], None]
@@ -183,14 +191,18 @@ def sweep(
     plan: SweepPlan,
     cache: PointCache,
     progress: Callable[[Progress], None] | None = None,
+    clock: Clock | None = None,
 ) -> list[OperatingPoint]:
     """Measures all kinds one after the other."""
+    clock = clock or SystemClock()
+    began_s = clock.monotonic_s()
     points: list[OperatingPoint] = []
     kinds = plan.kinds()
     for done, (group, tp) in enumerate(kinds, start=1):
         points += sweep_kind(backend, plan, group, tp, cache)
         if progress is not None:
-            progress(Progress(done, len(kinds), len(points), f"{group} TP{tp}"))
+            left_s = remaining_s(clock.monotonic_s() - began_s, done, len(kinds))
+            progress(Progress(done, len(kinds), len(points), f"{group} TP{tp}", left_s))
     return points
 
 

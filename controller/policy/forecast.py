@@ -15,6 +15,9 @@ from typing import NamedTuple
 from scipy.special import ndtri
 
 
+LEAST_WINDOW_S = 1e-3  # a shorter one is a clock's artefact
+
+
 @dataclass(frozen=True, slots=True)
 class LoadWindow:
     """`count` arrivals in the `seconds` that ended at `end_s` (monotonic)."""
@@ -119,7 +122,7 @@ def _usable(window: LoadWindow, now_s: float, settings: ForecastSettings) -> boo
     numbers = (window.end_s, window.seconds, float(window.count))
     return (
         all(isfinite(number) for number in numbers)
-        and window.seconds > 0
+        and window.seconds >= LEAST_WINDOW_S
         and window.count >= 0
         and 0 <= now_s - window.end_s <= settings.max_age_s
     )

@@ -371,9 +371,11 @@ class Instances:
         except EngineSilent as error:
             raise Precondition(f"nobody can tell what {name!r} still serves ({error}); use force") from None
         if not reading.idle and self._records[name].state is State.DRAINING:
-            self._store(self._records[name].but(drained=False))
+            text = f"got new work after its drain ({reading.running:g} running); draining again"
+            steps = {step: seconds for step, seconds in record.step_s.items() if step != "drain"}
+            self._store(self._records[name].but(drained=False, detail=text, step_s=steps))
             self._begin(name, self._drain(name))
-            raise Precondition(f"{name!r} got new work after its drain ({reading.running:g} running); draining again")
+            raise Precondition(f"{name!r} {text}")
 
     def _launch(self, record: Record) -> Launch:
         spec = record.spec

@@ -53,7 +53,7 @@ class EnergyMeter:
             self._total_j = total_j + (integrated_j or 0.0)
             return self._total_j, True
         if counter_j >= before_j:
-            self._total_j = total_j + counter_j - before_j
+            self._total_j = total_j + (counter_j - before_j)
             return self._total_j, False
         # Reset in between: the counter has seen only what came after it.
         self._total_j = total_j + max(counter_j, integrated_j or 0.0)

@@ -86,7 +86,7 @@ def make_load(trace: Trace | None, u: float, max_rps: float, duration_s: float, 
         source = (
             f"trace {trace.name}, its first {part.duration_s:.0f} s, {scaled.mean_rate_rps / part.mean_rate_rps:.2f}x"
         )
-    warm_up_s = min(warm_up_s, scaled.duration_s / 4)
+    warm_up_s = min(warm_up_s, scaled.duration_s / 4)  # of a trace shorter than the demonstration
     arrivals = [(request.arrival_s, request.input_tokens, request.output_tokens) for request in scaled]
     early = [arrival for arrival in arrivals if arrival[0] < warm_up_s]
     if len(arrivals) - len(early) < LEAST_REQUESTS:

@@ -54,11 +54,13 @@ class Phase:
     progress: Progress = field(default_factory=Progress)
     started_s: float | None = None  # of the load, monotonic
     all_sent: asyncio.Event = field(default_factory=asyncio.Event)  # the window has closed
+    under_way: bool = False
 
     def __post_init__(self) -> None:
         self.watch = FleetWatch(self.fleet.agents, self.clock)
 
     async def start(self) -> None:
+        self.under_way = True
         for part in self.fleet.parts:
             await self.supervisor.start(replace(part, name=self.prefix + part.name))
         self.watch.start()
@@ -131,6 +133,7 @@ class Phase:
 
     async def stop(self) -> None:
         """Ends every process of this fleet, engines included: gateway first, so that nothing is asked of the rest."""
+        self.under_way = False
         names = [self.prefix + part.name for part in reversed(self.fleet.parts)]
         await self.watch.close()
         for name in names[:2]:  # the gateway, then the controller

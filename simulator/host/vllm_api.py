@@ -41,7 +41,7 @@ class _Collected:
         if index == 0:
             self.first_s = at_s
         self.last_s = at_s
-        self.ended = last
+        self.ended = self.ended or last  # a client that has left stays gone
         if self.answer is not None:
             self._parts.append(self.answer.chunk(at_s, index, last))
             self._tell()
@@ -177,9 +177,7 @@ class Api:
         if ask.stream:
             collected.answer = answer
         answer.arrival_s = self._engine.submit(job)
-        # The body has been read: what comes now can only be the client's leaving.
-        gone = asyncio.ensure_future(receive())
-        gone.add_done_callback(lambda _: collected.leave())
+        gone = asyncio.create_task(_wait_until_gone(receive, collected))
         try:
             if ask.stream:
                 await _stream(collected, send)
@@ -193,6 +191,12 @@ class Api:
         finally:
             gone.cancel()
             self._engine.abort(answer.request_id)
+
+
+async def _wait_until_gone(receive: Receive, collected: _Collected) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    collected.leave()
 
 
 async def _stream(collected: _Collected, send: Send) -> None:

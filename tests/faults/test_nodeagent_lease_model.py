@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prometheus_client import CollectorRegistry
 
 from common.clock import VirtualClock
 from nodeagent.config import ControlsConfig
-from nodeagent.control import journal as journal_module
 from nodeagent.control.controls import Code, Controls, Wish
 from nodeagent.control.fence import Fence
 from nodeagent.control.leases import Owner, OwnerKind
@@ -35,7 +35,6 @@ from tests.fakegpu import FakeDriver
 
 T = TypeVar("T")
 RETRY_S = 1.0
-_write = journal_module.write_durably
 
 
 class LeaseModel(RuleBasedStateMachine):
@@ -55,6 +54,7 @@ class LeaseModel(RuleBasedStateMachine):
         self.may_hold_until: dict[tuple[int, type], float] = {}
         self.operator_until: dict[tuple[int, type], float] = {}
         self.term = 0
+        self.patch = pytest.MonkeyPatch()
         self.inventory: Inventory | None = None
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -146,17 +146,16 @@ class LeaseModel(RuleBasedStateMachine):
     def driver_works_again(self, gpu: int) -> None:
         self.driver.gpus[gpu].fault = None
 
-    @precondition(lambda self: journal_module.write_durably is _write)
     @rule()
     def disk_fills_up(self) -> None:
         def full(path: Path, data: bytes) -> None:
             raise OSError(28, "No space left on device")
 
-        journal_module.write_durably = full
+        self.patch.setattr("nodeagent.control.journal.write_durably", full)
 
     @rule()
     def disk_has_room(self) -> None:
-        journal_module.write_durably = _write
+        self.patch.undo()
 
     @rule()
     def agent_is_killed_and_a_new_one_starts(self) -> None:
@@ -203,7 +202,7 @@ class LeaseModel(RuleBasedStateMachine):
         if self.inventory is None:
             return
         # Once everything works again, TTL plus one retry later nothing may be left.
-        journal_module.write_durably = _write
+        self.patch.undo()
         for gpu in self.driver.gpus:
             gpu.fault = None
         self.clock.advance(200.0 + RETRY_S)

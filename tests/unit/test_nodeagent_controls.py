@@ -12,7 +12,6 @@ from prometheus_client import CollectorRegistry
 
 from common.clock import VirtualClock
 from nodeagent.config import ControlsConfig
-from nodeagent.control import journal as journal_module
 from nodeagent.control.controls import Code, Controls, Result, Wish
 from nodeagent.control.fence import Fence
 from nodeagent.control.journal import Journal, load
@@ -20,6 +19,7 @@ from nodeagent.control.leases import Owner, OwnerKind
 from nodeagent.control.recovery import recover_journal
 from nodeagent.control.settings import ClockLock, ControlKey, ControlKind, PowerLimit, Setting
 from nodeagent.errors import Invalid, Precondition, Unavailable
+from nodeagent.files import write_durably
 from nodeagent.gpu.driver import GpuError, GpuPermission
 from nodeagent.gpu.inventory import Inventory
 from nodeagent.telemetry.metrics import AgentMetrics
@@ -27,6 +27,7 @@ from tests.fakegpu import FakeDriver, FakeGpu
 
 CONTROLLER = Owner(OwnerKind.CONTROLLER, "ctl-1")
 OPERATOR = Owner(OwnerKind.OPERATOR, "ada")
+WRITE = "nodeagent.control.journal.write_durably"
 
 
 class Rig:
@@ -126,7 +127,7 @@ async def test_a_changed_lock_needs_no_second_journal_entry(rig: Rig, monkeypatc
     def refuse(path: Path, data: bytes) -> None:
         raise AssertionError("the journal was written again")
 
-    monkeypatch.setattr(journal_module, "write_durably", refuse)
+    monkeypatch.setattr(WRITE, refuse)
     assert (await rig.lock(1200)).code is Code.APPLIED
     assert gpu(rig).lock_mhz == (1200, 1200)
 
@@ -277,7 +278,7 @@ async def test_nothing_is_written_when_the_journal_cannot_be(rig: Rig, monkeypat
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(journal_module, "write_durably", full)
+    monkeypatch.setattr(WRITE, full)
     result = await rig.lock()
     assert result.code is Code.JOURNAL_FAILED
     assert "No space left" in result.detail
@@ -292,7 +293,7 @@ async def test_after_a_restore_only_the_journal_is_tried_again(rig: Rig, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal_module, "write_durably", full)
+        patch.setattr(WRITE, full)
         await rig.after(15.0)
         await rig.after(1.0)
         assert gpu(rig).calls == ["lock 990-990", "unlock"]
@@ -305,8 +306,12 @@ async def test_after_a_restore_only_the_journal_is_tried_again(rig: Rig, monkeyp
 async def test_eight_gpus_share_journal_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = await Rig(tmp_path, FakeDriver(8)).open()
     writes: list[bytes] = []
-    write = journal_module.write_durably
-    monkeypatch.setattr(journal_module, "write_durably", lambda path, data: (writes.append(data), write(path, data)))
+
+    def count(path: Path, data: bytes) -> None:
+        writes.append(data)
+        write_durably(path, data)
+
+    monkeypatch.setattr(WRITE, count)
     wishes = [Wish(fake.uuid, ClockLock(990, 990)) for fake in rig.driver.gpus]
     results = await rig.controls.apply(CONTROLLER, "test", 15.0, 1, wishes)
     assert [result.code for result in results] == [Code.APPLIED] * 8

@@ -116,7 +116,7 @@ class TestJournalFile:
     def test_a_failed_write_leaves_the_old_content(self, tmp_path: Path) -> None:
         write_durably(tmp_path / "j", b"old")
         (tmp_path / ".j.tmp").mkdir()
-        with pytest.raises(OSError):
+        with pytest.raises(IsADirectoryError):
             write_durably(tmp_path / "j", b"new")
         assert (tmp_path / "j").read_bytes() == b"old"
 
@@ -171,7 +171,7 @@ class TestRequestLog:
             await asyncio.sleep(0.01)
             return count
 
-        assert await asyncio.gather(log.once("a", b"x", work), log.once("a", b"x", work)) == [1, 1]
+        assert list(await asyncio.gather(log.once("a", b"x", work), log.once("a", b"x", work))) == [1, 1]
         assert await log.once("a", b"x", work) == 1
         assert await log.once("b", b"x", work) == 2
 

@@ -216,15 +216,33 @@ def test_the_cheaper_partition_is_chosen_and_the_other_explained() -> None:
 
 
 def test_starting_costs_hold_a_layout_and_relabelling_is_free() -> None:
-    there = {("all", 8): 2}
-    dear = {2: 1e7, 4: 1e7, 8: 1e7}
-    held = solve(problem(rates=(6.0, 3.0, 3.0), current=there, start_j=dear))
+    there, dear = {("all", 8): 2}, {2: 1e7, 4: 1e7, 8: 1e7}
+    free = solve(problem(rates=(2.0, 9.0, 9.0)))
+    held = solve(problem(rates=(2.0, 9.0, 9.0), current=there, start_j=dear))
+    assert free.chosen is not None
     assert held.chosen is not None
-    assert {tp for _, tp in held.chosen.counts} == {8}
+    assert set(free.chosen.counts) != {("all", 8)}
+    assert set(held.chosen.counts) == {("all", 8)}
     split = solve(replace(problem(current=there, start_j=dear), partitions=problem().partitions[1:]))
     assert split.chosen is not None
     assert split.chosen.counts == {("long", 8): 1, ("short", 8): 1}
     assert split.chosen.objective_w == pytest.approx(split.chosen.power_w)
+
+
+def test_groups_must_fit_into_nodes_whole() -> None:
+    columns = (Column("all", 8, 1980, 1.0, 3000.0),)
+    wide = problem(24, gpus_per_node=12, columns=columns, partitions=((PoolDemand("all", 2.5),),))
+    solution = solve(wide)
+    assert solution.chosen is None
+    assert solution.rejected[0].status == "infeasible"
+    assert "does not fit" in solution.rejected[0].reason
+    assert solve(replace(wide, gpus_per_node=8)).chosen is not None
+
+
+def test_redundancy_is_met_even_without_load() -> None:
+    twice = solve(problem(partitions=((PoolDemand("all", 0.0, min_instances=2),),)))
+    assert twice.chosen is not None
+    assert twice.chosen.counts == {("all", 2): 2}
 
 
 def test_both_solvers_agree_and_repeat_themselves() -> None:

@@ -1,0 +1,75 @@
+"""How the kernels are compiled and where the machine code is kept.
+
+numba's own cache on disk looks only at the file of the function that is called: a change in anything that this
+function uses from another module goes unseen, and stale machine code answers. So the machine code of this package
+lies in a folder named after the content of all its sources: a changed byte is another folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+SOURCES = Path(__file__).parent
+# Deterministic arithmetic: no fast-math. Division by zero gives inf as in C, without a branch per division.
+_OPTIONS = {"error_model": "numpy", "nogil": True}
+
+
+def part(function: Function) -> Function:
+    """Compiles a function that only kernels call; its machine code is kept as part of theirs."""
+    compiled: Function = numba.njit(**_OPTIONS)(function)
+    return compiled
+
+
+def kernel(function: Function) -> Function:
+    """Compiles a function that Python calls, and keeps its machine code on disk."""
+    return kept_in(machine_code_folder(SOURCES.glob("*.py")))(function)
+
+
+def kept_in(folder: Path | None) -> Callable[[Function], Function]:
+    """Compiles and keeps the machine code in `folder`; without one it is compiled in every process."""
+
+    def compile_(function: Function) -> Function:
+        before = numba.config.CACHE_DIR
+        # numba reads the setting when a function is decorated; it is put back for other users of numba.
+        numba.config.CACHE_DIR = "" if folder is None else str(folder)
+        try:
+            compiled: Function = numba.njit(cache=folder is not None, **_OPTIONS)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+        return compiled
+
+    return compile_
+
+
+def machine_code_folder(sources: Iterable[Path], root: Path | None = None) -> Path | None:
+    """The folder for machine code made from exactly these sources; None where no folder can be written.
+
+    Under `root`, else numba's own setting, else `.cache` of a checkout, else the user's cache directory.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        content = path.read_bytes()
+        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+    folder = (root or _default_root()) / digest.hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _default_root() -> Path:
+    if numba.config.CACHE_DIR:
+        return Path(numba.config.CACHE_DIR)
+    checkout = SOURCES.parents[1]
+    if (checkout / "pyproject.toml").exists() and os.access(checkout, os.W_OK):
+        return checkout / ".cache" / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamollm" / "kernels"

@@ -1,0 +1,408 @@
+"""The gateway in front of the instances, compiled: classes, the queue, and which instance serves a request.
+
+The twin of `controller/gateway/{classify,dispatcher}.py` and `controller/policy/routing.py` in arrays; those stay the
+definition, and the agreement tests hold the two together. While nobody queues, instances are advanced only when a
+request may go to them; while somebody does, every iteration end of the fleet is taken in order of time.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from simulator.fast.compiling import kernel, part
+from simulator.fast.engine import admit, advance, book, cut, rest
+from simulator.fast.layout import (
+    ARRIVED,
+    CLASSES,
+    DRAINING,
+    FAILED,
+    INPUT_TOKENS,
+    NONE,
+    READY,
+)
+
+Record = Any
+Array = Any
+
+
+@kernel
+def serve(
+    until_s: float,
+    fleet_record: Array,
+    fronts: Array,
+    instances: Array,
+    slots: Array,
+    cost: Array,
+    rates: Array,
+    gaps: Array,
+    results: Array,
+    members: Array,
+    arrival_s: Array,
+    input_tokens: Array,
+    output_tokens: Array,
+) -> bool:
+    """Serves arrivals up to `until_s` and brings every instance there. False when it ran out of slots before."""
+    fleet = fleet_record[0]
+    if fleet.queued > 0:
+        # The routing table may have changed since.
+        _dispatch(fleet.now_s, fronts, instances, slots, cost, rates, members, fleet)
+    while fleet.cursor < len(arrival_s):
+        request = fleet.cursor
+        now_s = fleet.start_s + arrival_s[request]
+        if now_s > until_s:
+            break
+        if fleet.free_slot == NONE:
+            return False
+        if fleet.queued > 0:
+            _serve_in_order(now_s, fronts, instances, slots, cost, rates, gaps, results, members, fleet)
+        if fleet.exact:
+            for row in range(fleet.rows):
+                if fronts[row].end_s < now_s:
+                    advance(now_s, row, fronts, instances, slots, cost, rates, gaps, results, fleet)
+        fleet.cursor += 1
+        _arrive(
+            now_s,
+            request,
+            input_tokens[request],
+            output_tokens[request],
+            fronts,
+            instances,
+            slots,
+            cost,
+            rates,
+            gaps,
+            results,
+            members,
+            fleet,
+        )
+    if fleet.queued > 0:
+        _serve_in_order(until_s, fronts, instances, slots, cost, rates, gaps, results, members, fleet)
+    for row in range(fleet.rows):
+        if fronts[row].end_s < until_s:
+            advance(until_s, row, fronts, instances, slots, cost, rates, gaps, results, fleet)
+        if until_s < inf:
+            book(until_s, instances[row])
+    fleet.now_s = until_s if until_s < inf else max(fleet.now_s, fleet.last_end_s)
+    return True
+
+
+@kernel
+def set_clocks(now_s: float, rows: Array, cost_rows: Array, fronts: Array, instances: Array, rates: Array) -> None:
+    """Gives instances that were advanced to now another clock: runs end with the step under way."""
+    for number in range(len(rows)):
+        row = rows[number]
+        instance = instances[row]
+        instance.cost_row = cost_rows[number]
+        if instance.state == READY or instance.state == DRAINING:
+            if fronts[row].end_s < inf:
+                cut(now_s, instance, fronts[row])
+            else:
+                rest(now_s, instance, rates)
+
+
+# ------------------------------------------------------------------------------------------------- arrivals
+
+
+@part
+def _arrive(
+    now_s: float,
+    request: int,
+    tokens_in: int,
+    tokens_out: int,
+    fronts: Array,
+    instances: Array,
+    slots: Array,
+    cost: Array,
+    rates: Array,
+    gaps: Array,
+    results: Array,
+    members: Array,
+    fleet: Record,
+) -> None:
+    bucket = _bucket(tokens_in, fleet.input_cuts)
+    true_class = 3 * bucket + _bucket(tokens_out, fleet.output_cuts)
+    routing_class = _classify(bucket, tokens_in, fleet)
+    if fleet.queued >= fleet.max_waiting:
+        _refuse(true_class, fleet)
+        return
+    index = fleet.free_slot
+    slot = slots[index]
+    fleet.free_slot = slot.next
+    fleet.live += 1
+    slot.request = request
+    slot.arrival_s = now_s
+    slot.input = tokens_in
+    slot.output = tokens_out
+    slot.target = tokens_in
+    slot.request_class = true_class
+    slot.generated = 0
+    slot.prefilled = 0
+    slot.preemptions = 0
+    if fleet.queued == 0:
+        for number in range(fleet.preferred[routing_class]):
+            pool = fleet.preference[routing_class, number]
+            row = _pick(now_s, pool, fronts, instances, slots, cost, rates, gaps, results, members, fleet)
+            if row != NONE:
+                fleet.spilled += number > 0
+                _give(now_s, index, pool, row, fronts, instances, slots, cost, rates, fleet)
+                return
+        # From here on somebody waits, and every instance's finish may give him room: they must all be here.
+        for row in range(fleet.rows):
+            if fronts[row].end_s < now_s:
+                advance(now_s, row, fronts, instances, slots, cost, rates, gaps, results, fleet)
+    slot.next = NONE
+    if fleet.queue[routing_class] == 0:
+        fleet.queue_head[routing_class] = index
+    else:
+        slots[fleet.queue_tail[routing_class]].next = index
+    fleet.queue_tail[routing_class] = index
+    fleet.queue[routing_class] += 1
+    fleet.queued += 1
+    _dispatch(now_s, fronts, instances, slots, cost, rates, members, fleet)
+
+
+@part
+def _refuse(true_class: int, fleet: Record) -> None:
+    fleet.refused += 1
+    fleet.counters[true_class, FAILED] += 1
+
+
+@part
+def _bucket(tokens: int, cuts: Array) -> int:
+    return (tokens >= cuts[0]) + (tokens >= cuts[1])
+
+
+@part
+def _classify(bucket: int, tokens_in: int, fleet: Record) -> int:
+    """The class to route by; the class that load reports count the arrival under is counted here."""
+    seen, owed = fleet.seen[bucket], fleet.owed[bucket]
+    total = seen[0] + seen[1] + seen[2]
+    routing = 2
+    below = 0.0
+    for out in range(3):
+        below += seen[out]
+        if below >= fleet.quantile * total:
+            routing = out
+            break
+    most = 0
+    for out in range(3):
+        owed[out] += seen[out] / total
+        if owed[out] > owed[most]:
+            most = out
+    owed[most] -= 1.0
+    fleet.counters[3 * bucket + most, ARRIVED] += 1
+    fleet.counters[3 * bucket + most, INPUT_TOKENS] += tokens_in
+    return 3 * bucket + routing
+
+
+# ----------------------------------------------------------------------------------------- which instance
+
+
+@part
+def _pick(
+    now_s: float,
+    pool: int,
+    fronts: Array,
+    instances: Array,
+    slots: Array,
+    cost: Array,
+    rates: Array,
+    gaps: Array,
+    results: Array,
+    members: Array,
+    fleet: Record,
+) -> int:
+    """The instance of a pool for one request; NONE when none has room. Brings those it looks at to now."""
+    count = fleet.members[pool]
+    if count > fleet.most_scanned and not fleet.exact:
+        first = _draw(pool, count, members, fleet)
+        second = _draw(pool, count, members, fleet)
+        if second == first:
+            second = first + 1 if first + 1 < count else 0
+        one, two = members[pool, first].instance, members[pool, second].instance
+        if fronts[one].end_s < now_s:
+            advance(now_s, one, fronts, instances, slots, cost, rates, gaps, results, fleet)
+        if fronts[two].end_s < now_s:
+            advance(now_s, two, fronts, instances, slots, cost, rates, gaps, results, fleet)
+        score_one = (fronts[one].held + 1) / fronts[one].weight
+        score_two = (fronts[two].held + 1) / fronts[two].weight
+        has_one, has_two = fronts[one].held < fronts[one].limit, fronts[two].held < fronts[two].limit
+        if has_one and (not has_two or score_one < score_two or (score_one == score_two and first < second)):
+            return one
+        if has_two:
+            return two
+    for number in range(count):
+        row = members[pool, number].instance
+        if fronts[row].end_s < now_s:
+            advance(now_s, row, fronts, instances, slots, cost, rates, gaps, results, fleet)
+    return _shortest(pool, fronts, members, fleet)
+
+
+@part
+def _shortest(pool: int, fronts: Array, members: Array, fleet: Record) -> int:
+    """The member with room that holds the least per weight, the first of equals; NONE without one."""
+    best = NONE
+    best_score = inf
+    for number in range(fleet.members[pool]):
+        row = members[pool, number].instance
+        front = fronts[row]
+        score = (front.held + 1) / front.weight
+        if front.held < front.limit and score < best_score:
+            best, best_score = row, score
+    return best
+
+
+@part
+def _draw(pool: int, count: int, members: Array, fleet: Record) -> int:
+    """A member at random, by weight: xorshift64* and an alias table."""
+    state = fleet.random
+    state ^= state >> np.uint64(12)
+    state ^= state << np.uint64(25)
+    state ^= state >> np.uint64(27)
+    fleet.random = state
+    drawn = state * np.uint64(0x2545F4914F6CDD1D)
+    number = np.int64(((drawn >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32))
+    fraction = np.int64(drawn & np.uint64(0xFFFFFFFF)) / 4294967296.0
+    member = members[pool, number]
+    return number if fraction < member.share else np.int64(member.other)
+
+
+@part
+def _give(
+    now_s: float,
+    index: int,
+    pool: int,
+    row: int,
+    fronts: Array,
+    instances: Array,
+    slots: Array,
+    cost: Array,
+    rates: Array,
+    fleet: Record,
+) -> None:
+    slot = slots[index]
+    if slot.input + slot.output > instances[row].capacity:
+        # An engine answers a request that its KV cache can never hold with an error.
+        _refuse(slot.request_class, fleet)
+        fleet.live -= 1
+        slot.next = fleet.free_slot
+        fleet.free_slot = index
+        return
+    slot.pool = pool
+    slot.instance = row
+    slot.queue_s = now_s - slot.arrival_s
+    fleet.in_flight[pool] += 1
+    admit(now_s, index, row, fronts, instances, slots, cost, rates, fleet)
+
+
+# ------------------------------------------------------------------------------------------------ the queue
+
+
+@part
+def _serve_in_order(
+    until_s: float,
+    fronts: Array,
+    instances: Array,
+    slots: Array,
+    cost: Array,
+    rates: Array,
+    gaps: Array,
+    results: Array,
+    members: Array,
+    fleet: Record,
+) -> None:
+    """Takes the fleet's iteration ends one after another until `until_s`, or until nobody queues any more."""
+    while fleet.queued > 0:
+        first = NONE
+        end_s = until_s
+        for row in range(fleet.rows):
+            if fronts[row].end_s < end_s:
+                first, end_s = row, fronts[row].end_s
+        if first == NONE:
+            return
+        # Just beyond its end, so that this one run is ended and the next begun.
+        after_s = np.nextafter(end_s, inf)
+        if advance(after_s, first, fronts, instances, slots, cost, rates, gaps, results, fleet) > 0:
+            _dispatch(end_s, fronts, instances, slots, cost, rates, members, fleet)
+
+
+@part
+def _dispatch(
+    now_s: float,
+    fronts: Array,
+    instances: Array,
+    slots: Array,
+    cost: Array,
+    rates: Array,
+    members: Array,
+    fleet: Record,
+) -> None:
+    """Gives waiting requests to instances that have room, while there are both. All instances must be here."""
+    full = 0  # pools without room, as bits: room only shrinks within one dispatch
+    while fleet.queued > 0:
+        request_class = first = NONE
+        due_s = inf
+        for number in range(CLASSES):
+            if fleet.queue[number] > 0 and fleet.preferred[number] > 0:
+                if full >> fleet.preference[number, 0] & 1:
+                    continue
+                head = slots[fleet.queue_head[number]]
+                head_due_s = _due_s(head, fleet)
+                if head_due_s < due_s or (head_due_s == due_s and head.request < first):
+                    request_class, due_s, first = number, head_due_s, head.request
+        if request_class == NONE:
+            break
+        pool = fleet.preference[request_class, 0]
+        row = _shortest(pool, fronts, members, fleet)
+        if row == NONE:
+            full |= 1 << pool
+            continue
+        index = _take(request_class, slots, fleet)
+        _give(now_s, index, pool, row, fronts, instances, slots, cost, rates, fleet)
+    # Whoever waits now has a full pool of his own, so no pool with room has anybody of its own waiting.
+    while fleet.queued > 0:
+        request_class = first = NONE
+        due_s = inf
+        to_pool = to_row = NONE
+        for number in range(CLASSES):
+            if fleet.queue[number] == 0:
+                continue
+            head = slots[fleet.queue_head[number]]
+            head_due_s = _due_s(head, fleet)
+            if head_due_s > due_s or (head_due_s == due_s and head.request > first):
+                continue
+            for place in range(1, fleet.preferred[number]):
+                pool = fleet.preference[number, place]
+                if full >> pool & 1:
+                    continue
+                row = _shortest(pool, fronts, members, fleet)
+                if row == NONE:
+                    full |= 1 << pool
+                else:
+                    request_class, due_s, first = number, head_due_s, head.request
+                    to_pool, to_row = pool, row
+                    break
+        if request_class == NONE:
+            return
+        fleet.spilled += 1
+        index = _take(request_class, slots, fleet)
+        _give(now_s, index, to_pool, to_row, fronts, instances, slots, cost, rates, fleet)
+
+
+@part
+def _due_s(slot: Record, fleet: Record) -> float:
+    due_s: float = slot.arrival_s + fleet.ttft_s[slot.request_class // 3]
+    return due_s
+
+
+@part
+def _take(request_class: int, slots: Array, fleet: Record) -> int:
+    """Takes the head of a queue."""
+    index: int = fleet.queue_head[request_class]
+    fleet.queue_head[request_class] = slots[index].next
+    fleet.queue[request_class] -= 1
+    fleet.queued -= 1
+    return index
