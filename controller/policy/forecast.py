@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from scipy.special import ndtri
 
-
 LEAST_WINDOW_S = 1e-3  # a shorter one is a clock's artefact
 
 

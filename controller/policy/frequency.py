@@ -29,7 +29,8 @@ class InstanceLoad:
 class ClockSettings:
     min_saving_ratio: float = 0.02  # a lower clock must save at least this share of the present power
     kv_high_ratio: float = 0.9  # above it preemption is near: full clock
-    waiting_high: float = 1.0  # requests waiting at the engine that count as a queue
+    # Requests waiting at the engine that count as a queue. One alone may just have come during an iteration.
+    waiting_high: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,9 @@ class StabiliseSettings:
     saving_confidence: float = 0.7  # share of the predicted saving that is counted on
     cost_factor: float = 1.3  # on the measured switching energy
     dwell_s: float = 60.0  # least time between two changes that only save energy
+    # While a transition is under way, a layout that is short by less than this is waited for, not planned anew:
+    # what it starts would be thrown away, and the forecast's own margins cover a little.
+    pending_load_ratio: float = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,11 @@ def starts_needed(present: Counts, candidate: Counts) -> dict[int, int]:
     return {tp: n - there[tp] for tp, n in sorted(wanted.items()) if n > there[tp]}
 
 
+def retirements_needed(present: Counts, candidate: Counts) -> dict[int, int]:
+    """Instances to drain and stop, by tp."""
+    return starts_needed(candidate, present)
+
+
 def _by_tp(counts: Counts) -> Counter[int]:
     total: Counter[int] = Counter()
     for (_, tp), n in counts.items():
@@ -98,20 +106,29 @@ def judge(
     since_change_s: float | None,
     pending: bool,
     settings: StabiliseSettings | None = None,
+    retired: Mapping[int, int] | None = None,
+    retire_j: Mapping[int, float] | None = None,
 ) -> Verdict:
     """Accepts or rejects a switch from `present` to `candidate`.
 
-    `started` counts the instances by tp that would have to be started (`starts_needed`); `since_change_s` is None
-    before any change; `pending` is True while a transition is under way.
+    `started` and `retired` count the instances by tp that would have to be started and drained (`starts_needed`,
+    `retirements_needed`), at `start_j` and `retire_j` each; `since_change_s` is None before any change; `pending` is
+    True while a transition to `present` is under way.
     """
     settings = settings or StabiliseSettings()
     saving_w = present.power_w - candidate.power_w
     saving_j = saving_w * horizon_s * settings.saving_confidence
-    cost_j = sum(n * start_j.get(tp, 0.0) for tp, n in started.items()) * settings.cost_factor
+    cost_j = settings.cost_factor * (_cost_j(started, start_j) + _cost_j(retired or {}, retire_j or {}))
 
     def verdict(accept: bool, reason: Reason, sentence: str) -> Verdict:
         return Verdict(accept, reason, sentence, saving_j, cost_j)
 
+    if pending and 1.0 < present.load_ratio <= settings.pending_load_ratio:
+        return verdict(
+            False,
+            Reason.TRANSITION_PENDING,
+            f"The layout under way carries {_percent(present)} of the demand; a new plan waits for its end.",
+        )
     if not present.carries:
         if candidate.load_ratio < present.load_ratio:
             reason = Reason.CAPACITY_NEEDED if candidate.carries else Reason.NO_CAPACITY
@@ -137,6 +154,10 @@ def judge(
     return verdict(
         True, Reason.FORECAST_CHANGED, f"Saves at least {saving_j:.0f} J, switching costs at most {cost_j:.0f} J."
     )
+
+
+def _cost_j(counts: Mapping[int, int], each_j: Mapping[int, float]) -> float:
+    return sum(n * each_j.get(tp, 0.0) for tp, n in counts.items())
 
 
 def _percent(layout: LayoutPrice) -> str:

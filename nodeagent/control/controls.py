@@ -38,6 +38,9 @@ from nodeagent.telemetry.metrics import AgentMetrics
 
 log = get_logger(__name__)
 
+UNSURE = -1
+"""A generation no worker has: the setting may be in force or not."""
+
 
 class Code(enum.Enum):
     """What became of one control; the names are those of the API."""
@@ -106,7 +109,7 @@ class Controls:
         self._config = config
         self._metrics = metrics
         self._leases = LeaseTable()
-        # What the last successful write left on the GPU, with the worker's generation at that time.
+        # What the last successful write left on the GPU, with the worker's generation at that time (or UNSURE).
         self._in_force: dict[ControlKey, tuple[Setting, int]] = {}
         # Restored on the GPU, but the journal could not be rewritten: only the journal is tried again.
         self._restored: set[ControlKey] = set()
@@ -354,6 +357,8 @@ class Controls:
                     raise GpuLost("the GPU is not on this node any more, or has not answered yet")
                 observed = await worker.call(restore)
             except GpuError as error:
+                if key in self._in_force:  # still reported, as it most likely is, but no reason to skip a write
+                    self._in_force[key] = (self._in_force[key][0], UNSURE)
                 self._retry_at_s[key] = self._clock.monotonic_s() + self._config.restore_retry_s
                 self._metrics.restores.labels(key.kind.value, "failed").inc()
                 log.error("control not restored; trying again", control=str(key), why=str(error))

@@ -96,7 +96,7 @@ def _identify(process: psutil.Process) -> ProcessId:
 
 def _is(process: ProcessId) -> bool:
     try:
-        return True
+        return abs(_identify(psutil.Process(process.pid)).started_s - process.started_s) <= _SAME_START_S
     except psutil.Error:
         return False
 

@@ -79,11 +79,18 @@ def admit(
         slots[instance.tail].next = index
     instance.tail = index
     instance.waiting += 1
-    front.held += 1
+    hold(front, 1)
     if front.end_s == inf:
         begin(now_s, instance, front, slots, cost, rates, fleet)
     else:
         cut(now_s, instance, front)
+
+
+@part
+def hold(front: Record, more: int) -> None:
+    """Counts requests in or out, and with them how the instance stands for the next one."""
+    front.held += more
+    front.score = (front.held + 1) / front.weight if front.held < front.limit else inf
 
 
 @part
@@ -342,7 +349,7 @@ def _complete(now_s: float, index: int, slot: Record, front: Record, results: Ar
     result.instance = slot.instance
     result.pool = slot.pool
     result.preempted = min(slot.preemptions, 255)
-    front.held -= 1
+    hold(front, -1)
     fleet.in_flight[slot.pool] -= 1
     fleet.live -= 1
     fleet.last_end_s = max(fleet.last_end_s, now_s)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,16 +48,11 @@ from simulator.fast.tables import CostTables
 from simulator.physics import Physics
 from simulator.traces import Trace
 
-# "shortest": the instance that holds the least per weight, as the gateway does, with every instance looked at at
-# every arrival. "two": the better of two drawn by weight, so that the cost of an arrival does not grow with the fleet.
-Router = Literal["two", "shortest"]
-
-# A pool of up to this many instances is looked at whole by the fast router too: it costs as little as drawing.
-MOST_SCANNED = 8
 MAX_WAITING = 10_000
 QUANTILE = 0.8
 _FIRST_SLOTS = 4096
 _FIRST_ROWS = 16
+_NO_FRONT = (inf, inf, 1.0, 0, 0)
 
 
 class ClassRow(NamedTuple):
@@ -96,13 +91,12 @@ class FastEngines:
         trace: Trace,
         *,
         start_s: float = 0.0,
-        router: Router = "two",
+        choices: int | None = None,
         seed: int = 0,
         slo: Slo | None = None,
         scheme: ClassScheme | None = None,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
         max_running: int = DEFAULT_MAX_RUNNING,
-        most_scanned: int = MOST_SCANNED,
     ) -> None:
         if not max_running <= min(chunk_tokens, MOST_RUNNING):
             raise ValueError(f"max_running ({max_running}) must be at most chunk_tokens and {MOST_RUNNING}")
@@ -135,8 +129,7 @@ class FastEngines:
         fleet["start_s"] = start_s
         fleet["free_slot"] = NONE
         fleet["chunk_tokens"], fleet["max_running"] = chunk_tokens, max_running
-        fleet["exact"] = router == "shortest"
-        fleet["most_scanned"] = most_scanned
+        fleet["choices"] = choices or 0
         fleet["max_waiting"] = MAX_WAITING
         fleet["quantile"], fleet["remembered"] = QUANTILE, REMEMBERED_REQUESTS
         fleet["input_cuts"], fleet["output_cuts"] = scheme.input_cuts_tokens, scheme.output_cuts_tokens
@@ -210,7 +203,7 @@ class FastEngines:
         instance["capacity"] = self.physics.kv_capacity_tokens(tp)
         instance["at_s"], instance["power_w"] = self.now_s, self.physics.loading_w
         self._instances[row] = instance
-        self._fronts[row] = (inf, 1.0, 0, 0)
+        self._fronts[row] = _NO_FRONT
         self._fleet["rows"] = max(self._fleet["rows"][0], row + 1)
         return row
 
@@ -239,7 +232,7 @@ class FastEngines:
         drawn_j = np.array(instance["energy_j"])
         self._gone_j += drawn_j * instance["tp"]
         self._instances[row] = np.zeros((), INSTANCE)
-        self._fronts[row] = (inf, 1.0, 0, 0)
+        self._fronts[row] = _NO_FRONT
         return float(drawn_j.sum())
 
     def lock(self, rows: Sequence[int], clocks_mhz: Sequence[int]) -> None:
@@ -277,6 +270,8 @@ class FastEngines:
             for instance in taking:
                 front = self._fronts[rows[instance.instance_id]]
                 front["weight"], front["limit"] = instance.weight, instance.max_in_flight
+                room = front["held"] < front["limit"]
+                front["score"] = (front["held"] + 1) / front["weight"] if room else inf
         for number, request_class in enumerate(ALL_CLASSES):
             preference = [self._pools[pool.name] for pool in pools_for(pools, request_class)]
             fleet["preferred"][number] = len(preference)
@@ -349,7 +344,7 @@ class FastEngines:
 
     def _more_rows(self, rows: int) -> None:
         fronts = np.zeros(rows, FRONT)
-        fronts["end_s"], fronts["weight"] = inf, 1.0
+        fronts[:] = _NO_FRONT
         instances = np.zeros(rows, INSTANCE)
         members = np.zeros((MOST_POOLS, rows), MEMBER)
         have = len(self._fronts)

@@ -58,7 +58,7 @@ def serve(
             return False
         if fleet.queued > 0:
             _serve_in_order(now_s, fronts, instances, slots, cost, rates, gaps, results, members, fleet)
-        if fleet.exact:
+        if fleet.choices == 0:
             for row in range(fleet.rows):
                 if fronts[row].end_s < now_s:
                     advance(now_s, row, fronts, instances, slots, cost, rates, gaps, results, fleet)
@@ -217,23 +217,17 @@ def _pick(
 ) -> int:
     """The instance of a pool for one request; NONE when none has room. Brings those it looks at to now."""
     count = fleet.members[pool]
-    if count > fleet.most_scanned and not fleet.exact:
-        first = _draw(pool, count, members, fleet)
-        second = _draw(pool, count, members, fleet)
-        if second == first:
-            second = first + 1 if first + 1 < count else 0
-        one, two = members[pool, first].instance, members[pool, second].instance
-        if fronts[one].end_s < now_s:
-            advance(now_s, one, fronts, instances, slots, cost, rates, gaps, results, fleet)
-        if fronts[two].end_s < now_s:
-            advance(now_s, two, fronts, instances, slots, cost, rates, gaps, results, fleet)
-        score_one = (fronts[one].held + 1) / fronts[one].weight
-        score_two = (fronts[two].held + 1) / fronts[two].weight
-        has_one, has_two = fronts[one].held < fronts[one].limit, fronts[two].held < fronts[two].limit
-        if has_one and (not has_two or score_one < score_two or (score_one == score_two and first < second)):
-            return one
-        if has_two:
-            return two
+    if 0 < fleet.choices < count:
+        best = NONE
+        best_score = inf
+        for _ in range(fleet.choices):
+            row = members[pool, _draw(pool, count, members, fleet)].instance
+            if fronts[row].end_s < now_s:
+                advance(now_s, row, fronts, instances, slots, cost, rates, gaps, results, fleet)
+            if fronts[row].score < best_score:
+                best, best_score = row, fronts[row].score
+        if best != NONE:
+            return best
     for number in range(count):
         row = members[pool, number].instance
         if fronts[row].end_s < now_s:
@@ -248,10 +242,8 @@ def _shortest(pool: int, fronts: Array, members: Array, fleet: Record) -> int:
     best_score = inf
     for number in range(fleet.members[pool]):
         row = members[pool, number].instance
-        front = fronts[row]
-        score = (front.held + 1) / front.weight
-        if front.held < front.limit and score < best_score:
-            best, best_score = row, score
+        if fronts[row].score < best_score:
+            best, best_score = row, fronts[row].score
     return best
 
 

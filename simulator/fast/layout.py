@@ -57,6 +57,7 @@ RATES = np.dtype(
 FRONT = np.dtype(
     [
         ("end_s", "f8"),  # of the run in flight; inf while idle
+        ("score", "f8"),  # the least is routed to: held, with one more, per weight; inf without room
         ("weight", "f8"),
         ("held", "i8"),  # requests routed here that have not finished
         ("limit", "i8"),
@@ -147,8 +148,7 @@ FLEET = np.dtype(
         # Settings
         ("chunk_tokens", "i8"),
         ("max_running", "i8"),
-        ("exact", "i8"),
-        ("most_scanned", "i8"),
+        ("choices", "i8"),  # instances drawn for a request; 0: all are looked at
         ("max_waiting", "i8"),
         ("quantile", "f8"),
         ("remembered", "f8"),

@@ -109,6 +109,16 @@ class LeaseModel(RuleBasedStateMachine):
             return
         if result.code is Code.APPLIED:
             self.may_hold_until[key] = self.clock.now_s + ttl_s
+            self.in_force(gpu, result.applied)
+
+    def in_force(self, gpu: int, applied: Setting | None) -> None:
+        """What was reported as applied is what the GPU has."""
+        target = self.driver.gpus[gpu]
+        if isinstance(applied, ClockLock):
+            assert target.lock_mhz == (applied.min_mhz, applied.max_mhz)
+        else:
+            assert isinstance(applied, PowerLimit)
+            assert target.limit_w == applied.limit_w
 
     @rule(gpu=st.integers(0, 1), mhz=st.integers(200, 2100), ttl_s=st.floats(0.5, 200.0))
     def operator_locks(self, gpu: int, mhz: int, ttl_s: float) -> None:
@@ -116,6 +126,7 @@ class LeaseModel(RuleBasedStateMachine):
         (result,) = self.run(self.controls.apply(Owner(OwnerKind.OPERATOR, "ada"), "model", ttl_s, 0, [wish]))
         key = (gpu, ClockLock)
         if result.code is Code.APPLIED:
+            self.in_force(gpu, result.applied)
             self.may_hold_until[key] = self.operator_until[key] = self.clock.now_s + ttl_s
         elif result.code is not Code.NO_PERMISSION:
             # Unknown effect: the agent ended the lease, whoever held it.

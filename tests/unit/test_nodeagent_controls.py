@@ -121,6 +121,14 @@ async def test_repeating_a_lock_renews_it_without_a_write(rig: Rig) -> None:
     assert gpu(rig).lock_mhz == (990, 990)
 
 
+async def test_after_a_restore_the_same_lock_is_written_again(rig: Rig) -> None:
+    await rig.lock(ttl_s=10.0)
+    await rig.after(10.0)
+    assert rig.controls.locked_mhz("GPU-0") is None
+    await rig.lock(ttl_s=10.0)
+    assert gpu(rig).lock_mhz == (990, 990)
+
+
 async def test_a_changed_lock_needs_no_second_journal_entry(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     await rig.lock(990)
 
@@ -258,6 +266,16 @@ async def test_a_write_of_unknown_effect_is_undone(rig: Rig, takes_effect: bool)
     await rig.after(0.0)
     assert gpu(rig).lock_mhz is None
     assert rig.on_disk() == []
+
+
+async def test_a_change_of_unknown_effect_ends_the_lease_before_it(rig: Rig) -> None:
+    await rig.lock(990, ttl_s=100.0)
+    gpu(rig).fault = GpuError("unknown error")
+    assert (await rig.lock(1200, ttl_s=100.0)).code is Code.DRIVER_ERROR
+    assert rig.controls.held() == []
+    gpu(rig).fault = None
+    await rig.after(1.0)
+    assert gpu(rig).lock_mhz is None
 
 
 async def test_a_failed_restore_is_tried_again_and_stays_in_the_journal(rig: Rig) -> None:

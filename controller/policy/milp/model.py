@@ -75,9 +75,10 @@ def _fault_in_values(problem: PlanProblem) -> str:
     for name, value in (("horizon_s", problem.horizon_s), ("time_limit_s", problem.time_limit_s)):
         if not (isfinite(value) and value > 0):
             return f"{name} is {value}: a finite number above 0 is needed"
-    for tp, joules in problem.start_j.items():
-        if not (isfinite(joules) and joules >= 0):
-            return f"start_j of TP{tp} is {joules}"
+    for name, costs in (("start_j", problem.start_j), ("retire_j", problem.retire_j)):
+        for tp, joules in costs.items():
+            if not (isfinite(joules) and joules >= 0):
+                return f"{name} of TP{tp} is {joules}"
     for (pool, tp), count in problem.current.items():
         if count < 0:
             return f"current count of {pool} TP{tp} is {count}"
@@ -142,7 +143,7 @@ def _packing(problem: PlanProblem, tps: set[int]) -> dict[int, int]:
 class _Model(NamedTuple):
     lp: Any
     counts: list[tuple[Column, Any]]
-    constant_w: float  # of the objective, kept out of the model: all GPUs parked
+    constant_w: float  # of the objective, kept out of the model: all GPUs parked, and what leaves in any case
 
 
 def _solve_partition(problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str) -> PartitionResult:
@@ -167,7 +168,7 @@ def _solve_partition(problem: PlanProblem, partition: tuple[PoolDemand, ...], so
         counts[column.pool, column.tp] += n
     gpus = sum(n * c.tp for c, n in used)
     power_w = sum(n * c.power_w for c, n in used) + problem.parked_w * (problem.gpus - gpus)
-    objective_w = power_w + _start_w(problem, counts)
+    objective_w = power_w + _switch_w(problem, counts)
     bound_w = max(0.0, min(bound_w + model.constant_w, objective_w))  # power is never negative: 0 W always bounds it
     gap = (objective_w - bound_w) / objective_w if objective_w > 0 else 0.0
     return PartitionResult(
@@ -183,13 +184,15 @@ def _solve_partition(problem: PlanProblem, partition: tuple[PoolDemand, ...], so
     )
 
 
-def _start_w(problem: PlanProblem, counts: Counter[tuple[str, int]]) -> float:
-    """Starts spread over the horizon. An instance may change its pool without a restart, so only the growth of
-    each tp in all is started."""
+def _switch_w(problem: PlanProblem, counts: Counter[tuple[str, int]]) -> float:
+    """Starts and retirements spread over the horizon. An instance may change its pool without a restart, so only the
+    change of each tp in all is paid for."""
     wanted, there = _by_tp(counts), _by_tp(problem.current)
-    return sum(
-        max(0, wanted[tp] - there[tp]) * problem.start_j.get(tp, 0.0) / problem.horizon_s for tp in sorted(wanted)
-    )
+    joules = 0.0
+    for tp in sorted(wanted | there):
+        more = wanted[tp] - there[tp]
+        joules += max(0, more) * problem.start_j.get(tp, 0.0) + max(0, -more) * problem.retire_j.get(tp, 0.0)
+    return joules / problem.horizon_s
 
 
 def _by_tp(counts: Any) -> Counter[int]:
@@ -210,9 +213,11 @@ def _build(problem: PlanProblem, partition: tuple[PoolDemand, ...]) -> _Model:
         for i, c in enumerate(columns)
     ]
     starts = {tp: lp.add_variable(f"start{tp}", lowBound=0) for tp in sorted(tps) if problem.start_j.get(tp)}
+    retires = {tp: lp.add_variable(f"retire{tp}", lowBound=0) for tp in sorted(tps) if problem.retire_j.get(tp)}
     lp.setObjective(
         pulp.lpSum((c.power_w - c.tp * problem.parked_w) * n for c, n in counts)
         + pulp.lpSum(problem.start_j[tp] / problem.horizon_s * started for tp, started in starts.items())
+        + pulp.lpSum(problem.retire_j[tp] / problem.horizon_s * retired for tp, retired in retires.items())
     )
     lp.addConstraint(pulp.lpSum(c.tp * n for c, n in counts) <= problem.gpus)
     for demand in partition:
@@ -223,7 +228,11 @@ def _build(problem: PlanProblem, partition: tuple[PoolDemand, ...]) -> _Model:
         lp.addConstraint(pulp.lpSum(c.tp // tp * n for c, n in counts if c.tp % tp == 0) <= most)
     for tp, started in starts.items():
         lp.addConstraint(pulp.lpSum(n for c, n in counts if c.tp == tp) - started <= there[tp])
-    return _Model(lp, counts, problem.parked_w * problem.gpus)
+    for tp, retired in retires.items():
+        lp.addConstraint(pulp.lpSum(n for c, n in counts if c.tp == tp) + retired >= there[tp])
+    # Kinds that no column has any more leave in any case.
+    gone_j = sum(n * problem.retire_j.get(tp, 0.0) for tp, n in there.items() if tp not in tps)
+    return _Model(lp, counts, problem.parked_w * problem.gpus + gone_j / problem.horizon_s)
 
 
 class _InfeasibleError(Exception):

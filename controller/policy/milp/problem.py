@@ -34,9 +34,12 @@ class PoolDemand:
 @dataclass(frozen=True, slots=True)
 class PlanProblem:
     """Minimise  sum n_col * power_w  +  parked_w * empty GPUs  +  start_j / horizon_s * started instances
-    over integer n_col >= 0, within `gpus`, each pool's rate and minimum met.
+    +  retire_j / horizon_s * retired instances  over integer n_col >= 0, within `gpus`, each pool's rate and
+    minimum met.
 
-    `current` counts the instances that exist now by (pool, tp); only what exceeds it pays `start_j[tp]`.
+    `current` counts the instances that exist now by (pool, tp). An instance may change its pool without a restart,
+    so per tp only what exceeds it in all pays `start_j[tp]`, and only what falls short of it pays `retire_j[tp]`
+    (what an instance draws from its last use to its end).
     Limits are deterministic (nodes and gap); `time_limit_s` is the last resort.
     """
 
@@ -49,6 +52,7 @@ class PlanProblem:
     columns: tuple[Column, ...]
     current: Mapping[tuple[str, int], int] = field(default_factory=dict)
     start_j: Mapping[int, float] = field(default_factory=dict)
+    retire_j: Mapping[int, float] = field(default_factory=dict)
     gap: float = 0.005
     node_limit: int = 20_000
     time_limit_s: float = 10.0
