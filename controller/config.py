@@ -42,6 +42,7 @@ class PlanningConfig(ConfigModel):
 
     quantile: float = Field(default=0.95, ge=0.5, lt=1, description="quantile of the forecast to provision for")
     fill: float = Field(default=0.85, gt=0, le=1, description="share of the profiled SLO capacity a plan may fill")
+    forecast_half_life_s: Seconds = Field(default=120.0, description="load this old counts half in the forecast")
     start_s: Seconds = Field(default=180.0, description="price of an instance start before one was measured")
     min_dwell_s: float = Field(default=60.0, ge=0, description="no new layout sooner than this after the last")
     max_starts_at_once: int = Field(default=4, ge=1)
@@ -137,6 +138,7 @@ class ControllerConfig(ConfigModel):
             widest_tp=planning.widest_tp,
             quantile=planning.quantile,
             fill=planning.fill,
+            forecast_half_life_s=planning.forecast_half_life_s,
             start_s=planning.start_s,
             min_dwell_s=planning.min_dwell_s,
             max_starts_at_once=planning.max_starts_at_once,

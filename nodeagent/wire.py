@@ -8,8 +8,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from dynamollm.v1 import node_agent_pb2 as pb
 from dynamollm.v1 import types_pb2 as types
-from nodeagent.control.controls import Code, Result, Wish
 from nodeagent.control.leases import Lease, Owner, OwnerKind
+from nodeagent.control.results import Code, Result, Wish
 from nodeagent.control.settings import ClockLock, ControlKey, PowerLimit, Setting
 from nodeagent.engine.feed import InstanceView
 from nodeagent.engine.lifecycle import State

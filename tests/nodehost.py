@@ -15,9 +15,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -57,7 +59,8 @@ class NodeHost:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.state_dir = directory / "state"
-        self.socket = directory / "agent.sock"
+        # Short, because the kernel allows a socket's path about 100 characters.
+        self.socket = Path(tempfile.mkdtemp(prefix="dynamollm-")) / "agent.sock"
         self.log_path = directory / "agent.log"
         self.gpus = HostState.create(directory / "gpus", gpus, node=node)
         self.environment = os.environ | {
@@ -226,6 +229,7 @@ class NodeHost:
             with suppress(psutil.Error):
                 process.kill()
         self.gpus.close()
+        shutil.rmtree(self.socket.parent, ignore_errors=True)
 
     def __enter__(self) -> NodeHost:
         return self

@@ -95,7 +95,7 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
 
     grants: Mapping[str, int] = {}
     if accept:
-        grants = share_out(problem.gpus, pools, counts, wanted_counts(state), demand)
+        grants = share_out(problem.gpus, pools, counts, wanted_counts(state))
         if repartition:
             state.pools = {}
             state.layout_forced = reason is not Reason.FORECAST_CHANGED
@@ -134,7 +134,8 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
         solver=solver_report(solution, len(problem.columns)),
     )
     for name, plan in list(state.pools.items()):
-        if sum(tp * n for tp, n in plan.counts.items()) > plan.granted_gpus:
+        # Over its grant it must give back; short of capacity it may now have been granted more.
+        if sum(tp * n for tp, n in plan.counts.items()) > plan.granted_gpus or not plan.carries:
             pool_manager.tick(turn, name, trigger="grant")
 
 
@@ -143,28 +144,28 @@ def share_out(
     pools: tuple[str, ...],
     counts: Mapping[tuple[str, int], int],
     present: Mapping[tuple[str, int], int],
-    demand: Mapping[str, float],
 ) -> dict[str, int]:
-    """Grants: what the plan uses; then what pools use now beyond that; the rest shared out in twos by demand.
+    """Grants: what the plan uses; then what pools use now beyond that; the rest shared out in twos by size.
 
     A grant costs nothing (its GPUs may stay empty) but lets a pool grow between two cluster epochs, and a pool that
     uses more than the plan foresees gives nothing back before somebody else needs it.
     """
     grants = {pool: _gpus_of(pool, counts) for pool in pools}
-    by_demand = sorted(pools, key=lambda pool: (-demand.get(pool, 0.0), pool))
+    by_size = sorted(pools, key=lambda pool: (-grants[pool], pool))
     spare = gpus - sum(grants.values())
-    for pool in by_demand:
+    for pool in by_size:
         extra = max(0, min(spare, _gpus_of(pool, present) - grants[pool]))
         grants[pool] += extra
         spare -= extra
-    total = sum(demand.get(pool, 0.0) for pool in pools) or 1.0
+    # In proportion to what the plan uses: requests of different pools are not worth the same GPUs.
+    total = sum(_gpus_of(pool, counts) for pool in pools) or 1
     shared = spare
-    for pool in by_demand:
-        extra = min(spare, 2 * round(shared * demand.get(pool, 0.0) / total / 2))
+    for pool in by_size:
+        extra = min(spare, 2 * round(shared * _gpus_of(pool, counts) / total / 2))
         grants[pool] += extra
         spare -= extra
-    if by_demand:
-        grants[by_demand[0]] += spare
+    if by_size:
+        grants[by_size[0]] += spare
     return grants
 
 

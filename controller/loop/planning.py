@@ -67,8 +67,13 @@ class Demand:
 
 
 def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | None:
-    """The load over the next horizon; from configuration before the first report; None when it is unknown."""
-    settings = ForecastSettings(quantile=state.settings.quantile)
+    """The load over the next horizon; from configuration before the first report; None when it is unknown.
+
+    What is decided now serves only after a start, and until what is decided next has started: the horizon is longer
+    than the period by one start.
+    """
+    horizon_s += max(state.start_s(tp) for tp in state.profile.tps)
+    settings = ForecastSettings(half_life_s=state.settings.forecast_half_life_s, quantile=state.settings.quantile)
     parts: dict[RequestClass, tuple[RateForecast, ...]] = {}
     for windows in state.load.by_gateway(now.monotonic_s, settings.max_age_s).values():
         for request_class in ALL_CLASSES:

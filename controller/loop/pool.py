@@ -95,8 +95,11 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
             demand_rps=demand[pool],
             decided_by=state.decision_numbers + 1,
             decided_at_s=now.monotonic_s,
+            carries=fallback is None or fallback.carries,
         )
         state.layout_forced = reason is not Reason.FORECAST_CHANGED
+    else:
+        state.pools[pool] = replace(plan, carries=fallback is None or fallback.carries)
     placed = lay_out(state, now) if accept else None
     alternatives = [result_json(result) for result in solution.rejected]
     if not accept and not same and chosen is not None:

@@ -34,6 +34,8 @@ class LoopSettings:
     # a plan may fill: what is left absorbs bursts within the epoch.
     quantile: float = 0.95
     fill: float = 0.85
+    # Memory of the forecast's level and trend: load this old counts half.
+    forecast_half_life_s: float = 120.0
     # What a start is priced at before any was measured.
     start_s: float = 180.0
     min_dwell_s: float = 60.0

@@ -40,6 +40,7 @@ class PoolPlan:
     demand_rps: float  # equivalent requests/s it was planned for
     decided_by: int  # number of the decision
     decided_at_s: float  # monotonic
+    carries: bool = True  # False: the grant was too small for the demand
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,13 +71,16 @@ class Step:
 class TransitionSettings:
     max_drains_per_pool: int = 1  # at once: only part of a pool is ever on its way out
     max_attempts: int = 3  # starts of one wanted instance before it is given up
+    # A forced break may miss this many times what standing still misses: it lasts a drain and a start, while standing
+    # still lasts until the load changes.
+    max_break_ratio: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
     """`done` when what is there is what is wanted. `given_up` are wanted instances that will not start where they
-    are planned: plan their place anew. `stuck` when no step is possible without dropping demand: declare the shortfall
-    acceptable or plan another layout."""
+    are planned: plan their place anew. `stuck` when no step is possible without dropping more demand than the change
+    is worth: take what is there as wanted (`standing_layout`) and plan from it."""
 
     steps: tuple[Step, ...]
     done: bool
@@ -96,8 +99,9 @@ def next_steps(
 ) -> Transition:
     """All steps that may be taken now, in order; acting on all of them at once is safe.
 
-    `allow_shortfall` declares the wanted layout the best possible: then, when nothing can grow because no GPU is
-    free, the instance whose loss hurts least goes first even if demand is not carried meanwhile.
+    `allow_shortfall` says that the wanted layout is needed for its capacity: then, when nothing can grow because no
+    GPU is free and demand is missed already, the instance whose loss hurts least goes first although more is missed
+    meanwhile, up to `max_break_ratio`.
     """
     settings = settings or TransitionSettings()
     plan = {i.instance_id: i for i in sorted(wanted.instances, key=lambda i: i.instance_id)}
@@ -116,7 +120,7 @@ def next_steps(
     # While a wanted instance has nowhere to start, a break would be made for nothing.
     if stuck and not given_up:
         awaited = {u for s in growing if s.reason is StepReason.WAITING_FOR_GPU for u in s.gpu_uuids}
-        forced = _smallest_break(held_back, awaited, plan, serving, capacity, allow_shortfall)
+        forced = _smallest_break(held_back, awaited, plan, serving, capacity, settings, allow_shortfall)
         if forced is not None:
             steps.append(forced)
             held_back = [c for c in held_back if c.instance_id != forced.instance_id]
@@ -129,6 +133,18 @@ def next_steps(
         given_up=given_up,
         shortfall_rps=short_rps,
     )
+
+
+def standing_layout(wanted: Layout, actual: tuple[ActualInstance, ...], model: str) -> Layout:
+    """What is there, or on its way up, as a layout: the one to want when a transition is stuck. Instances stay in the
+    pool that they are routed as."""
+    up = [i for i in actual if i.state in _LIVE]
+    claimed = {uuid for i in up for uuid in i.gpu_uuids}
+    stopped = {i.instance_id for i in actual if i.state not in _LIVE and i.state in HOLDS_GPUS}
+    names = {i.instance_id for i in up}
+    waiting = [p for p in wanted.instances if p.instance_id not in names | stopped and claimed.isdisjoint(p.gpu_uuids)]
+    standing = [PlannedInstance(i.instance_id, i.pool, model, i.node_id, i.gpu_uuids) for i in up] + waiting
+    return Layout(tuple(sorted(standing, key=lambda i: i.instance_id)))
 
 
 # Waiting for these ends by itself.
@@ -313,32 +329,33 @@ def _smallest_break(
     plan: Mapping[str, PlannedInstance],
     serving: Mapping[str, tuple[str, int]],
     capacity: CapacityModel,
+    settings: TransitionSettings,
     allow_shortfall: bool,
 ) -> Step | None:
-    """The change that hurts least, when nothing else can move and waiting would change nothing.
+    """The change that hurts least, when nothing else can move and waiting would change nothing; None when standing
+    still is better.
 
-    Taken when the shortfall is declared acceptable, or when the wanted layout, once there, carries more than what
-    serves now: then standing still costs more than the break. A drain whose GPUs nobody waits for is never forced:
-    the demand needs that instance, wanted or not."""
+    Demand must be missed already, the wanted layout must miss less, and the break may miss only so much more. A drain
+    whose GPUs nobody waits for is never forced: the demand needs that instance, wanted or not."""
     useful = [c for c in held_back if c.kind is StepKind.RELABEL or not awaited.isdisjoint(c.gpu_uuids)]
-    if not useful:
-        return None
     now_rps = shortfall_rps(serving.values(), capacity)
     wanted_rps = shortfall_rps(((p.pool, p.tp) for p in plan.values()), capacity)
-    if not allow_shortfall and not wanted_rps < now_rps - 1e-9:
+    gain_rps = now_rps - wanted_rps
+    if not useful or not allow_shortfall or gain_rps <= 1e-9:
         return None
 
-    def hurt(change: Step) -> tuple[int, float, str]:
+    def hurt(change: Step) -> tuple[float, int, str]:
         after = _after(serving, change)
         uncovered = _covered(serving.values(), capacity) - _covered(after.values(), capacity)
-        return len(uncovered), shortfall_rps(after.values(), capacity), change.instance_id
+        return shortfall_rps(after.values(), capacity), len(uncovered), change.instance_id
 
-    return min(useful, key=hurt)
+    least = min(useful, key=hurt)
+    return least if hurt(least)[0] - wanted_rps <= settings.max_break_ratio * gain_rps else None
 
 
 def _held_back(change: Step, stuck: bool) -> Step:
     if stuck:
-        reason, why = StepReason.WAITING_FOR_GPU, "no GPU is free for a replacement, and the demand needs it"
+        reason, why = StepReason.WAITING_FOR_GPU, "stays: no GPU is free for a replacement, and the demand needs it"
     else:
         reason, why = StepReason.WAITING_FOR_READY, "stays until others carry its load or are through with their drain"
     sentence = f"{change.instance_id} (pool {change.pool}, TP{len(change.gpu_uuids)}): {why}."

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from common.clock import Clock
 from common.logs import get_logger
@@ -20,6 +18,7 @@ from nodeagent.config import ControlsConfig
 from nodeagent.control.fence import Fence
 from nodeagent.control.journal import Intent, Journal
 from nodeagent.control.leases import Lease, LeaseTable, Owner, OwnerKind
+from nodeagent.control.results import NOT_OBSERVED, Code, Observed, Result, Wish, code_of
 from nodeagent.control.settings import CONTROLS, ControlKey, ControlKind, OutOfRange, Setting, kind_of
 from nodeagent.errors import Invalid, Unavailable
 from nodeagent.gpu.driver import (
@@ -29,7 +28,6 @@ from nodeagent.gpu.driver import (
     GpuInvalid,
     GpuLost,
     GpuPermission,
-    GpuUnresponsive,
     GpuUnsupported,
 )
 from nodeagent.gpu.inventory import Inventory
@@ -40,54 +38,6 @@ log = get_logger(__name__)
 
 UNSURE = -1
 """A generation no worker has: the setting may be in force or not."""
-
-
-class Code(enum.Enum):
-    """What became of one control; the names are those of the API."""
-
-    APPLIED = "applied"
-    UNKNOWN_GPU = "unknown_gpu"
-    OUT_OF_RANGE = "out_of_range"
-    HELD = "held"
-    NO_PERMISSION = "no_permission"
-    UNSUPPORTED = "unsupported"
-    GPU_UNRESPONSIVE = "gpu_unresponsive"
-    GPU_LOST = "gpu_lost"
-    JOURNAL_FAILED = "journal_failed"
-    DRIVER_ERROR = "driver_error"
-    MIG_ENABLED = "mig_enabled"
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """One control asked for."""
-
-    gpu_uuid: str
-    setting: Setting
-
-    @property
-    def key(self) -> ControlKey:
-        return ControlKey(self.gpu_uuid, kind_of(self.setting))
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """What the GPU says right after a call."""
-
-    sm_mhz: int | None = None
-    power_limit_w: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Requested, applied and observed side by side: success is not obedience."""
-
-    gpu_uuid: str
-    code: Code
-    detail: str = ""
-    requested: Setting | None = None
-    applied: Setting | None = None
-    observed: Observed = Observed()
 
 
 class Controls:
@@ -222,7 +172,6 @@ class Controls:
             async with asyncio.timeout(self._config.stop_deadline_s):
                 while self._journal.entries:
                     self._leases.drop_all()  # again each time: a write that was under way may just have been granted
-                    self._retry_at_s.clear()
                     await self.sweep()
                     if self._journal.entries:
                         await asyncio.sleep(min(0.1, self._config.restore_retry_s))
@@ -237,7 +186,7 @@ class Controls:
         live = self._leases.live(now_s)
         due: dict[str, list[ControlKey]] = {}
         for key in self._journal.entries:
-            if key not in live and self._retry_at_s.get(key, now_s) <= now_s:
+            if key not in live and (self._closing or self._retry_at_s.get(key, now_s) <= now_s):
                 due.setdefault(key.gpu_uuid, []).append(key)
         for uuid, keys in due.items():
             if uuid not in self._restoring:
@@ -269,7 +218,9 @@ class Controls:
     async def _apply_one(self, wish: Wish, lease: Lease) -> Result:
         key, control = wish.key, CONTROLS[kind_of(wish.setting)]
 
-        def answer(code: Code, detail: str = "", applied: Setting | None = None, seen: Observed = Observed()) -> Result:
+        def answer(
+            code: Code, detail: str = "", applied: Setting | None = None, seen: Observed = NOT_OBSERVED
+        ) -> Result:
             return Result(wish.gpu_uuid, code, detail, wish.setting, applied, seen)
 
         worker = self._inventory.find(wish.gpu_uuid)
@@ -303,6 +254,7 @@ class Controls:
     ) -> Result:
         control, requested = CONTROLS[key.kind], answer_to.setting
         new = key not in self._journal.entries
+        safe = new or key in self._restored
         try:
             if new:
                 captured = await worker.call(control.capture)
@@ -324,15 +276,15 @@ class Controls:
             observed = await worker.call(write)
         except (GpuPermission, GpuUnsupported, GpuInvalid) as error:
             # Nothing was changed; what was in force before still is, under its own lease.
-            if new and key in self._journal.entries:
+            if safe and key in self._journal.entries:
                 await self._forget(key)
-            return Result(key.gpu_uuid, _code(error), str(error), requested)
+            return Result(key.gpu_uuid, code_of(error), str(error), requested)
         except GpuError as error:
             # Nobody knows what is in force now: end the lease, so that the safe state is restored.
             self._in_force.pop(key, None)
             self._leases.drop(key)
             log.error("control failed", control=str(key), why=str(error))
-            return Result(key.gpu_uuid, _code(error), str(error), requested)
+            return Result(key.gpu_uuid, code_of(error), str(error), requested)
         self._in_force[key] = (setting, generation)
         self._retry_at_s.pop(key, None)
         self._leases.grant(key, lease)
@@ -344,7 +296,7 @@ class Controls:
         intent = self._journal.entries.get(key)
         if intent is None:
             return Result(key.gpu_uuid, Code.APPLIED, f"already safe: {CONTROLS[key.kind].safe_state}")
-        control, observed = CONTROLS[key.kind], Observed()
+        control, observed = CONTROLS[key.kind], NOT_OBSERVED
         if key not in self._restored:
             worker = self._inventory.find(key.gpu_uuid)
 
@@ -359,10 +311,11 @@ class Controls:
             except GpuError as error:
                 if key in self._in_force:  # still reported, as it most likely is, but no reason to skip a write
                     self._in_force[key] = (self._in_force[key][0], UNSURE)
+                if key not in self._retry_at_s:
+                    log.error("control not restored; trying on", control=str(key), why=str(error))
                 self._retry_at_s[key] = self._clock.monotonic_s() + self._config.restore_retry_s
                 self._metrics.restores.labels(key.kind.value, "failed").inc()
-                log.error("control not restored; trying again", control=str(key), why=str(error))
-                return Result(key.gpu_uuid, _code(error), str(error))
+                return Result(key.gpu_uuid, code_of(error), str(error))
             self._in_force.pop(key, None)
             self._restored.add(key)
             self._metrics.restores.labels(key.kind.value, "done").inc()
@@ -416,7 +369,7 @@ async def _observe(worker: GpuWorker) -> Observed:
     try:
         return await worker.call(_look)
     except GpuError:
-        return Observed()
+        return NOT_OBSERVED
 
 
 def _look(device: GpuDevice) -> Observed:
@@ -424,15 +377,4 @@ def _look(device: GpuDevice) -> Observed:
     try:
         return Observed(device.sm_mhz(), device.power_limit_w())
     except GpuError:
-        return Observed()
-
-
-def _code(error: GpuError) -> Code:
-    codes: dict[type[GpuError], Code] = {
-        GpuLost: Code.GPU_LOST,
-        GpuUnresponsive: Code.GPU_UNRESPONSIVE,
-        GpuPermission: Code.NO_PERMISSION,
-        GpuUnsupported: Code.UNSUPPORTED,
-        GpuInvalid: Code.OUT_OF_RANGE,
-    }
-    return codes.get(type(error), Code.DRIVER_ERROR)
+        return NOT_OBSERVED

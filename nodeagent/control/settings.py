@@ -28,12 +28,18 @@ class ClockLock:
     min_mhz: int
     max_mhz: int
 
+    def __str__(self) -> str:
+        return f"{self.min_mhz}-{self.max_mhz} MHz"
+
 
 @dataclass(frozen=True, slots=True)
 class PowerLimit:
     """Caps the GPU's power."""
 
     limit_w: float
+
+    def __str__(self) -> str:
+        return f"{self.limit_w:g} W"
 
 
 Setting = ClockLock | PowerLimit

@@ -18,6 +18,7 @@ from nodeagent.engine.command import check_spec, command_line, free_port
 from nodeagent.engine.feed import InstanceFeed, InstanceView
 from nodeagent.engine.launcher import Launch, Launcher, LaunchFailed
 from nodeagent.engine.lifecycle import ANSWERING, ENDED, RUNNING, Event, State, follow
+from nodeagent.engine.process import last_line
 from nodeagent.engine.proof import occupied
 from nodeagent.engine.records import Record, Records, Spec
 from nodeagent.engine.vllm import EngineSilent, VllmClient
@@ -205,7 +206,7 @@ class Instances:
             deadline_s = record.since_s + self._config.start_timeout_s
             while not await self._client.healthy(url, ANSWER_TIMEOUT_S):
                 if self._clock.monotonic_s() > deadline_s:
-                    text = f"not healthy within {self._config.start_timeout_s:g} s; {_last_line(record.log_path)}"
+                    text = f"not healthy within {self._config.start_timeout_s:g} s; {last_line(record.log_path)}"
                     return self._fail(instance_id, text)
                 await asyncio.sleep(HEALTH_PAUSE_S)
             self._move(instance_id, Event.HEALTHY, "running the warm-up request", step="start")
@@ -402,15 +403,4 @@ class Instances:
 
     def _died(self, record: Record) -> str:
         how = self._launcher.exit_text(record.process) if record.process is not None else ""
-        return f"the engine ended by itself{f' ({how})' if how else ''}; {_last_line(record.log_path)}"
-
-
-def _last_line(log_path: str) -> str:
-    """Where to look, and the last thing the engine said."""
-    try:
-        with Path(log_path).open("rb") as file:
-            file.seek(max(Path(log_path).stat().st_size - 4096, 0))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        lines = []
-    return f"see {log_path}" + (f" ({lines[-1][:200]})" if lines else "")
+        return f"the engine ended by itself{f' ({how})' if how else ''}; {last_line(record.log_path)}"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -88,6 +89,17 @@ class ProcessLauncher:
             return f"killed by {signal.Signals(-code).name}"
         except ValueError:
             return f"killed by signal {-code}"
+
+
+def last_line(log_path: str) -> str:
+    """Where to look, and the last thing the engine said."""
+    try:
+        with Path(log_path).open("rb") as file:
+            file.seek(max(Path(log_path).stat().st_size - 4096, 0))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    return f"see {log_path}" + (f" ({lines[-1][:200]})" if lines else "")
 
 
 def _identify(process: psutil.Process) -> ProcessId:

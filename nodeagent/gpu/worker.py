@@ -78,6 +78,10 @@ class GpuWorker:
         except GpuLost as error:
             self._set_health(GpuHealth.LOST, str(error))
             raise
+        except GpuError:
+            raise
+        except Exception as error:  # a driver binding can fail in its own ways; callers handle one family of errors
+            raise GpuError(f"the driver binding failed: {error!r}") from error
 
     def recover(self) -> None:
         """Starts a probe unless the GPU is well or a probe is under way: finds it by UUID, reads its facts."""
@@ -104,8 +108,8 @@ class GpuWorker:
 
         try:
             device, facts = await asyncio.wrap_future(self._submit(find))
-        except GpuError as error:
-            self._set_health(GpuHealth.LOST, str(error))
+        except Exception as error:
+            self._set_health(GpuHealth.LOST, str(error) or repr(error))
             return
         self._device, self.facts = device, facts
         self.uuid, self.index = facts.uuid, facts.index

@@ -42,7 +42,7 @@ class Sampler:
         self._stream = stream
         self._clock = clock
         self._config = config
-        self._meters: dict[int, EnergyMeter] = {}
+        self._meters: dict[str, EnergyMeter] = {}
         self.last_beat_s = clock.monotonic_s()
         """When the loop last finished a sample; the watchdog looks at it."""
         psutil.cpu_percent()  # the first call only sets the mark that the next one measures from
@@ -77,7 +77,7 @@ class Sampler:
             reading = await worker.call(lambda device: device.read())
         except GpuError:
             reading = GpuReading()
-        meter = self._meters.setdefault(worker.index, EnergyMeter())
+        meter = self._meters.setdefault(worker.uuid, EnergyMeter())
         energy_j, integrated = meter.update(reading.energy_counter_j, reading.power_w, self._clock.monotonic_s())
         locked_mhz = self._controls.locked_mhz(worker.uuid)
         return GpuSample(worker.uuid, worker.index, worker.health, reading, energy_j, integrated, locked_mhz)

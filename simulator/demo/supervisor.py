@@ -76,10 +76,9 @@ class Supervisor:
         with suppress(asyncio.CancelledError, UserError):
             await task
 
-    async def stop_all(self, order: Sequence[str] = ()) -> None:
-        """Ends the named parts in that order, then all others, then whatever they left running."""
-        for name in [*order, *self._keepers]:
-            await self.stop(name)
+    async def stop_all(self) -> None:
+        """Ends every part, all at once, then whatever they left running."""
+        await asyncio.gather(*(self.stop(name) for name in list(self._keepers)))
         if self._orphans is not None:
             self._orphans.cancel()
             with suppress(asyncio.CancelledError):

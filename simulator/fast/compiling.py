@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba.core import config
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 SOURCES = Path(__file__).parent
-# Deterministic arithmetic: no fast-math. Division by zero gives inf as in C, without a branch per division.
-_OPTIONS = {"error_model": "numpy", "nogil": True}
+# Arithmetic is deterministic: no fast-math. With numpy's errors, a division needs no branch for a zero below it.
 
 
 def part(function: Function) -> Function:
     """Compiles a function that only kernels call; its machine code is kept as part of theirs."""
-    compiled: Function = numba.njit(**_OPTIONS)(function)
+    compiled: Function = numba.njit(error_model="numpy", nogil=True)(function)
     return compiled
 
 
@@ -37,13 +37,13 @@ def kept_in(folder: Path | None) -> Callable[[Function], Function]:
     """Compiles and keeps the machine code in `folder`; without one it is compiled in every process."""
 
     def compile_(function: Function) -> Function:
-        before = numba.config.CACHE_DIR
+        before = config.CACHE_DIR
         # numba reads the setting when a function is decorated; it is put back for other users of numba.
-        numba.config.CACHE_DIR = "" if folder is None else str(folder)
+        config.CACHE_DIR = "" if folder is None else str(folder)
         try:
-            compiled: Function = numba.njit(cache=folder is not None, **_OPTIONS)(function)
+            compiled: Function = numba.njit(cache=folder is not None, error_model="numpy", nogil=True)(function)
         finally:
-            numba.config.CACHE_DIR = before
+            config.CACHE_DIR = before
         return compiled
 
     return compile_
@@ -67,8 +67,8 @@ def machine_code_folder(sources: Iterable[Path], root: Path | None = None) -> Pa
 
 
 def _default_root() -> Path:
-    if numba.config.CACHE_DIR:
-        return Path(numba.config.CACHE_DIR)
+    if config.CACHE_DIR:
+        return Path(config.CACHE_DIR)
     checkout = SOURCES.parents[1]
     if (checkout / "pyproject.toml").exists() and os.access(checkout, os.W_OK):
         return checkout / ".cache" / "kernels"

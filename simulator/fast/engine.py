@@ -160,10 +160,7 @@ def begin(
             tokens += chunk
         free = _free_tokens(instance) - decoding
         while (
-            instance.waiting > 0
-            and not preempted
-            and budget > 0
-            and instance.prefilling + decoding < fleet.max_running
+            instance.waiting > 0 and not preempted and budget > 0 and instance.prefilling + decoding < fleet.max_running
         ):
             index = instance.head
             slot = slots[index]

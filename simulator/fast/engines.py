@@ -70,12 +70,11 @@ class ClassRow(NamedTuple):
 class Shown:
     """All instances at one instant, by row; rows without an instance hold zeros."""
 
-    state: NDArray[np.int64]
-    running: NDArray[np.int64]
-    waiting: NDArray[np.int64]
-    kv_usage_ratio: NDArray[np.float64]
-    power_w: NDArray[np.float64]  # per GPU
-    energy_j: NDArray[np.float64]  # per GPU, since the instance's start
+    running: list[int]
+    waiting: list[int]
+    kv_usage_ratio: list[float]
+    power_w: list[float]  # per GPU
+    energy_j: list[float]  # per GPU, since the instance's start
 
 
 class FastEngines:
@@ -165,8 +164,7 @@ class FastEngines:
             self._more_slots(2 * len(self._slots))
 
     def finish(self) -> float:
-        """Serves everything to its end and returns that instant. Energy is booked for the runs alone from here on:
-        take it before, at the end of the window."""
+        """Serves everything to its end and returns that instant."""
         self.advance(inf)
         return self.now_s
 
@@ -289,17 +287,17 @@ class FastEngines:
         rows = self._instances
         capacity = np.maximum(rows["capacity"], 1)
         return Shown(
-            state=rows["state"].copy(),
-            running=rows["decoding"] + rows["prefilling"],
-            waiting=rows["waiting"].copy(),
-            kv_usage_ratio=(rows["decode_kv"] + rows["prefill_kv"]) / capacity,
-            power_w=rows["power_w"].copy(),
-            energy_j=rows["energy_j"].sum(axis=1),
+            running=(rows["decoding"] + rows["prefilling"]).tolist(),
+            waiting=rows["waiting"].tolist(),
+            kv_usage_ratio=((rows["decode_kv"] + rows["prefill_kv"]) / capacity).tolist(),
+            power_w=rows["power_w"].tolist(),
+            energy_j=rows["energy_j"].sum(axis=1).tolist(),
         )
 
     def energy_j(self) -> NDArray[np.float64]:
         """Joules of all GPUs of all instances so far: serving, idle, loading, draining. Empty GPUs are not here."""
-        return self._gone_j + (self._instances["energy_j"] * self._instances["tp"][:, np.newaxis]).sum(axis=0)
+        here_j: NDArray[np.float64] = self._instances["energy_j"] * self._instances["tp"][:, np.newaxis]
+        return self._gone_j + here_j.sum(axis=0)
 
     def counters(self) -> dict[RequestClass, ClassRow]:
         """What a gateway would have counted since its start."""

@@ -83,9 +83,9 @@ def serve(
     for row in range(fleet.rows):
         if fronts[row].end_s < until_s:
             advance(until_s, row, fronts, instances, slots, cost, rates, gaps, results, fleet)
-        if until_s < inf:
-            book(until_s, instances[row])
     fleet.now_s = until_s if until_s < inf else max(fleet.now_s, fleet.last_end_s)
+    for row in range(fleet.rows):
+        book(fleet.now_s, instances[row])
     return True
 
 
@@ -149,7 +149,7 @@ def _arrive(
                 fleet.spilled += number > 0
                 _give(now_s, index, pool, row, fronts, instances, slots, cost, rates, fleet)
                 return
-        # From here on somebody waits, and every instance's finish may give him room: they must all be here.
+        # From here on somebody waits, and any instance's finish may make room: they must all be here.
         for row in range(fleet.rows):
             if fronts[row].end_s < now_s:
                 advance(now_s, row, fronts, instances, slots, cost, rates, gaps, results, fleet)
@@ -172,7 +172,8 @@ def _refuse(true_class: int, fleet: Record) -> None:
 
 @part
 def _bucket(tokens: int, cuts: Array) -> int:
-    return (tokens >= cuts[0]) + (tokens >= cuts[1])
+    bucket: int = (tokens >= cuts[0]) + (tokens >= cuts[1])
+    return bucket
 
 
 @part
@@ -256,10 +257,12 @@ def _draw(pool: int, count: int, members: Array, fleet: Record) -> int:
     state ^= state >> np.uint64(27)
     fleet.random = state
     drawn = state * np.uint64(0x2545F4914F6CDD1D)
+    # Signed again: mixed with a signed number, numba would make a fraction of it.
     number = np.int64(((drawn >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32))
     fraction = np.int64(drawn & np.uint64(0xFFFFFFFF)) / 4294967296.0
     member = members[pool, number]
-    return number if fraction < member.share else np.int64(member.other)
+    drawn_member: int = number if fraction < member.share else np.int64(member.other)
+    return drawn_member
 
 
 @part
@@ -354,7 +357,7 @@ def _dispatch(
             continue
         index = _take(request_class, slots, fleet)
         _give(now_s, index, pool, row, fronts, instances, slots, cost, rates, fleet)
-    # Whoever waits now has a full pool of his own, so no pool with room has anybody of its own waiting.
+    # Whatever waits now has a full pool of its own, so no pool with room has anybody of its own waiting.
     while fleet.queued > 0:
         request_class = first = NONE
         due_s = inf

@@ -129,7 +129,14 @@ SLOT = np.dtype(
 
 # What became of a request: written when it ends. NaN: it was refused, or has not ended.
 RESULT = np.dtype(
-    [("first_s", "f8"), ("finished_s", "f8"), ("queue_s", "f4"), ("instance", "i2"), ("pool", "i1"), ("preempted", "u1")],
+    [
+        ("first_s", "f8"),
+        ("finished_s", "f8"),
+        ("queue_s", "f4"),
+        ("instance", "i2"),
+        ("pool", "i1"),
+        ("preempted", "u1"),
+    ],
     align=True,
 )
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import inf
 
-from controller.fleet.port import HOLDS_GPUS, GpuObservation, InstanceObservation, InstanceState, NodeObservation
+from controller.fleet.port import GpuObservation, InstanceObservation, InstanceState, NodeObservation
 from simulator.fast.engines import FastEngines, Shown
+from simulator.fast.layout import NONE
 
 
 @dataclass(slots=True)
 class Gpu:
-    """`energy_j` is what it drew until `parked_s`, or until the instance that holds it now was started."""
+    """`energy_j` is what it drew until `since_s`: from then on it is parked, or an instance's share."""
 
     uuid: str
     index: int
     energy_j: float = 0.0
-    parked_s: float = 0.0
+    since_s: float = 0.0
     held: bool = False
     lock_mhz: int | None = None
     lock_until_s: float = -inf
@@ -52,6 +53,7 @@ class Node:
         self._engines = engines
         self._full_mhz = engines.physics.clocks_mhz[-1]
         self._parked_w = engines.physics.idle_w(self._full_mhz, context=False)
+        self._parked_s = 0.0  # of GPUs that are held now, before they were
 
     # ------------------------------------------------------------------------------------------------- engines
 
@@ -66,8 +68,9 @@ class Node:
             return f"a GPU of {instance_id} is held by another instance"
         now_s = self._engines.now_s
         for gpu in gpus:
-            gpu.energy_j += self._parked_w * (now_s - gpu.parked_s)
-            gpu.held = True
+            gpu.energy_j += self._parked_w * (now_s - gpu.since_s)
+            self._parked_s += now_s - gpu.since_s
+            gpu.since_s, gpu.held = now_s, True
         hosted = Hosted(
             instance_id,
             model,
@@ -75,7 +78,7 @@ class Node:
             gpus,
             gpu_uuids,
             f"virtual://{self.node_id}/{instance_id}",
-            NO_ROW,
+            NONE,
             self._full_mhz,
             InstanceState.STARTING,
             now_s,
@@ -112,8 +115,7 @@ class Node:
         drawn_j = self._engines.remove(hosted.row)
         for gpu in hosted.gpus:
             gpu.energy_j += drawn_j
-            gpu.parked_s = self._engines.now_s
-            gpu.held = False
+            gpu.since_s, gpu.held = self._engines.now_s, False
         del self.instances[hosted.instance_id]
 
     def _enter(self, hosted: Hosted, state: InstanceState) -> None:
@@ -147,10 +149,10 @@ class Node:
 
     # -------------------------------------------------------------------------------------------- observations
 
-    def parked_j(self) -> float:
-        """What its GPUs that no instance holds have drawn since the beginning, all of them together."""
+    def parked_gpu_s(self) -> float:
+        """For how long its GPUs were held by no instance, all of them together, since the beginning."""
         now_s = self._engines.now_s
-        return sum(self._parked_w * (now_s - gpu.parked_s) for gpu in self.gpus.values() if not gpu.held)
+        return self._parked_s + sum(now_s - gpu.since_s for gpu in self.gpus.values() if not gpu.held)
 
     def observe(self, shown: Shown) -> NodeObservation:
         now_s = self._engines.now_s
@@ -159,14 +161,12 @@ class Node:
         for gpu in self.gpus.values():
             hosted = of.get(gpu.uuid)
             if hosted is None:
-                power_w, energy_j = self._parked_w, gpu.energy_j + self._parked_w * (now_s - gpu.parked_s)
+                power_w, energy_j = self._parked_w, gpu.energy_j + self._parked_w * (now_s - gpu.since_s)
             else:
                 power_w, energy_j = shown.power_w[hosted.row], gpu.energy_j + shown.energy_j[hosted.row]
             locked_mhz = gpu.lock_mhz if gpu.lock_until_s > now_s else None
             gpus.append(
-                GpuObservation(
-                    gpu.uuid, gpu.index, True, power_w, energy_j, hosted.mhz if hosted else None, locked_mhz
-                )
+                GpuObservation(gpu.uuid, gpu.index, True, power_w, energy_j, hosted.mhz if hosted else None, locked_mhz)
             )
         instances = tuple(
             InstanceObservation(
@@ -176,8 +176,8 @@ class Node:
                 hosted.gpu_uuids,
                 hosted.state,
                 hosted.endpoint,
-                shown.running[hosted.row],
-                shown.waiting[hosted.row],
+                float(shown.running[hosted.row]),
+                float(shown.waiting[hosted.row]),
                 shown.kv_usage_ratio[hosted.row],
                 "",
                 dict(hosted.step_seconds),

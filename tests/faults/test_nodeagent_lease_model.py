@@ -22,10 +22,11 @@ from prometheus_client import CollectorRegistry
 
 from common.clock import VirtualClock
 from nodeagent.config import ControlsConfig
-from nodeagent.control.controls import Code, Controls, Wish
+from nodeagent.control.controls import Controls
 from nodeagent.control.fence import Fence
 from nodeagent.control.leases import Owner, OwnerKind
 from nodeagent.control.recovery import recover_journal
+from nodeagent.control.results import Code, Wish
 from nodeagent.control.settings import ClockLock, PowerLimit, Setting
 from nodeagent.errors import Precondition
 from nodeagent.gpu.driver import GpuError, GpuPermission

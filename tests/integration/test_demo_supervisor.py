@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from common.errors import UserError
-from simulator.demo.supervisor import Part, Supervisor
+from simulator.demo.supervisor import RESTART_LIMIT, Part, Supervisor
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 # Starts a grandchild in a session of its own, as an agent starts an engine, and lets it outlive itself.
@@ -28,9 +29,12 @@ LEAVES_AN_ORPHAN = [
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.05)
+    give_up_s = time.monotonic() + timeout_s
+    while time.monotonic() < give_up_s:
+        if condition():
+            return
+        await asyncio.sleep(0.05)
+    raise TimeoutError
 
 
 async def test_a_killed_part_is_restarted_after_its_stop_post_command(tmp_path: Path) -> None:
@@ -60,11 +64,9 @@ async def test_a_part_that_keeps_dying_is_reported_with_its_last_words(tmp_path:
     broken = [sys.executable, "-c", "import sys; print('cannot: port in use', file=sys.stderr); sys.exit(3)"]
     try:
         await supervisor.start(Part("gateway", broken, tmp_path / "log"))
+        await until(lambda: supervisor.restarts["gateway"] == RESTART_LIMIT - 1)
         with pytest.raises(UserError, match=r"gateway.*port in use"):
-            async with asyncio.timeout(30):
-                while True:
-                    supervisor.check()
-                    await asyncio.sleep(0.05)
+            await until(lambda: supervisor.check() is not None)
     finally:
         await supervisor.stop_all()
 

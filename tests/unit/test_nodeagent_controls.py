@@ -12,11 +12,12 @@ from prometheus_client import CollectorRegistry
 
 from common.clock import VirtualClock
 from nodeagent.config import ControlsConfig
-from nodeagent.control.controls import Code, Controls, Result, Wish
+from nodeagent.control.controls import Controls
 from nodeagent.control.fence import Fence
 from nodeagent.control.journal import Journal, load
 from nodeagent.control.leases import Owner, OwnerKind
 from nodeagent.control.recovery import recover_journal
+from nodeagent.control.results import Code, Result, Wish
 from nodeagent.control.settings import ClockLock, ControlKey, ControlKind, PowerLimit, Setting
 from nodeagent.errors import Invalid, Precondition, Unavailable
 from nodeagent.files import write_durably
@@ -290,6 +291,17 @@ async def test_a_failed_restore_is_tried_again_and_stays_in_the_journal(rig: Rig
     await rig.after(0.5)
     assert gpu(rig).lock_mhz is None
     assert rig.on_disk() == []
+
+
+async def test_a_failed_restore_leaves_no_false_belief(rig: Rig) -> None:
+    """The restore raised, yet it took effect: asking for the same lock again must write it."""
+    await rig.lock()
+    gpu(rig).fault, gpu(rig).applies_before_fault = GpuError("unknown error"), True
+    await rig.after(15.0)
+    assert gpu(rig).lock_mhz is None
+    gpu(rig).fault = None
+    await rig.lock()
+    assert gpu(rig).lock_mhz == (990, 990)
 
 
 async def test_nothing_is_written_when_the_journal_cannot_be(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

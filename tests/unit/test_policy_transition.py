@@ -25,6 +25,7 @@ from controller.policy.transition import (
     TransitionSettings,
     next_steps,
     shortfall_rps,
+    standing_layout,
 )
 
 SS, LS, LL = (RequestClass.parse(name) for name in ("SS", "LS", "LL"))
@@ -161,17 +162,39 @@ def test_a_quarantined_instance_keeps_its_gpus_out_of_use() -> None:
     assert of_kind(steps, StepKind.START) == []
 
 
-def test_without_a_free_gpu_the_break_needs_capacity_or_a_declaration() -> None:
+def test_without_a_free_gpu_nothing_breaks_that_carries_the_demand() -> None:
     there = (actual("a", "all", 0, 0, 8),)
     wanted = Layout((planned("b", "short", 0, 0, 4), planned("c", "long", 0, 4, 4)))
     only = frozenset(gpu.uuid for gpu in NODES[0].gpus)
-    held_back = next_steps(wanted, there, only, demand(short=2.0, long=2.0))
-    assert held_back.stuck
-    assert of_kind(held_back, StepKind.DRAIN) == []
-    declared = next_steps(wanted, there, only, demand(short=2.0, long=2.0), allow_shortfall=True)
-    assert of_kind(declared, StepKind.DRAIN) == ["a"]
-    too_small = next_steps(wanted, (actual("a", "short", 0, 0, 8),), only, demand(long=2.0))
-    assert of_kind(too_small, StepKind.DRAIN) == ["a"]  # what is wanted carries more than what is there
+    for allowed in (False, True):
+        steps = next_steps(wanted, there, only, demand(short=2.0, long=2.0), allow_shortfall=allowed)
+        assert steps.stuck
+        assert of_kind(steps, StepKind.DRAIN) == []
+        standing = standing_layout(wanted, there, "m")
+        assert next_steps(standing, there, only, demand(short=2.0, long=2.0)).done
+    light = next_steps(wanted, there, GPUS, demand(), TransitionSettings())
+    assert light.stuck  # even without load its classes would have no instance
+
+
+def test_a_break_is_made_where_it_is_allowed_and_what_it_misses_is_worth_it() -> None:
+    there = (actual("a", "short", 0, 0, 8),)
+    wanted = Layout((planned("b", "short", 0, 0, 4), planned("c", "long", 0, 4, 4)))
+    only = frozenset(gpu.uuid for gpu in NODES[0].gpus)
+    short_of_long = demand(short=1.0, long=2.0)
+    assert next_steps(wanted, there, only, short_of_long).stuck
+    allowed = next_steps(wanted, there, only, short_of_long, allow_shortfall=True)
+    assert of_kind(allowed, StepKind.DRAIN) == ["a"]
+    cautious = TransitionSettings(max_break_ratio=1.0)
+    assert next_steps(wanted, there, only, short_of_long, cautious, allow_shortfall=True).stuck
+
+
+def test_no_break_for_a_replacement_that_cannot_start() -> None:
+    there = (actual("a", "short", 0, 0, 4),)
+    wanted = Layout((planned("b", "long", 0, 0, 4), planned("gone", "short", 1, 0, 4)))
+    usable = GPUS - {"n1-2"}
+    steps = next_steps(wanted, there, usable, demand(long=2.0), allow_shortfall=True)
+    assert steps.given_up == ("gone",)
+    assert of_kind(steps, StepKind.DRAIN) == []
 
 
 # --------------------------------------------------------------------------------------------- to their end
@@ -184,6 +207,7 @@ class World:
     wanted: Layout
     capacity: CapacityModel
     allow_shortfall: bool = False
+    settings: TransitionSettings = field(default_factory=TransitionSettings)
     fails: set[str] = field(default_factory=set)  # ids whose first start fails
     instances: dict[str, ActualInstance] = field(default_factory=dict)
     ages: Counter[str] = field(default_factory=Counter)
@@ -195,17 +219,10 @@ class World:
 
     def tick(self) -> Transition:
         before = self.serving()
-        transition = next_steps(
-            self.wanted, tuple(self.instances.values()), GPUS, self.capacity, allow_shortfall=self.allow_shortfall
-        )
-        again = next_steps(
-            self.wanted,
-            tuple(reversed(self.instances.values())),
-            GPUS,
-            self.capacity,
-            allow_shortfall=self.allow_shortfall,
-        )
-        assert again == transition
+        there = tuple(self.instances.values())
+        rest = (GPUS, self.capacity, self.settings, self.allow_shortfall)
+        transition = next_steps(self.wanted, there, *rest)
+        assert next_steps(self.wanted, there[::-1], *rest) == transition
         for step in transition.steps:
             self.do(step)
         owners = Counter(u for i in self.instances.values() if i.state in HOLDS_GPUS for u in i.gpu_uuids)
@@ -297,6 +314,9 @@ def test_every_transition_ends_or_says_that_it_cannot_without_dropping_demand(
             i.instance_id: (i.pool, i.gpu_uuids) for i in after.instances
         }
         assert next_steps(after, tuple(world.instances.values()), GPUS, capacity).steps == ()
+    if last.stuck:
+        there = tuple(world.instances.values())
+        assert next_steps(standing_layout(after, there, "m"), there, GPUS, capacity).done
     if last.stuck and base_rps == 0:
         # Only for lack of room or because what is wanted does not carry the demand.
         wanted_rps = shortfall_rps([(i.pool, i.tp) for i in after.instances], capacity)
@@ -310,14 +330,13 @@ def test_every_transition_ends_or_says_that_it_cannot_without_dropping_demand(
 
 @settings(max_examples=60, deadline=None)
 @given(COUNTS, COUNTS)
-def test_with_a_declared_shortfall_every_layout_that_serves_is_reached(
+def test_what_is_allowed_to_break_ends_where_the_wanted_layout_would_carry_no_more(
     old: dict[tuple[str, int], int], new: dict[tuple[str, int], int]
 ) -> None:
-    if not any(new.values()):
-        return
     before = laid_out(old, Layout(), "old")
     after = laid_out(new, before, "new")
-    world = World(after, demand(6.0, 6.0), allow_shortfall=True)
+    capacity = demand(9.0, 9.0)
+    world = World(after, capacity, allow_shortfall=True, settings=TransitionSettings(max_break_ratio=1e9))
     for i in before.instances:
         world.instances[i.instance_id] = ActualInstance(i.instance_id, i.pool, i.node_id, i.gpu_uuids, READY, 3.0, 0.0)
     last = world.tick()
@@ -325,9 +344,13 @@ def test_with_a_declared_shortfall_every_layout_that_serves_is_reached(
         if last.done or last.stuck:
             break
         last = world.tick()
-    # What stays beyond the plan stays because the demand needs it: the plan was too small.
-    extra = [i for i in world.instances.values() if i.instance_id not in after.by_id()]
-    assert last.done or (extra and shortfall_rps([(i.pool, i.tp) for i in after.instances], demand(6.0, 6.0)) > 0)
+    waiting = {u for i in after.instances if i.instance_id not in world.instances for u in i.gpu_uuids}
+    in_the_way = [i for i in world.instances.values() if waiting & set(i.gpu_uuids)]
+    assert (
+        last.done
+        or not in_the_way
+        or last.shortfall_rps <= shortfall_rps([(i.pool, i.tp) for i in after.instances], capacity) + 1e-9
+    )
 
 
 def test_a_restart_of_the_caller_at_any_tick_changes_nothing() -> None:
