@@ -64,9 +64,7 @@ def virtual(folder: Path, warm_up_s: float) -> World:
     served = [request for request in result.requests if request.arrival_s >= open_s]
     assert all(request.finished_s is not None for request in served)
     assert energy.mean_sm_mhz is not None
-    latencies = [
-        (request.bucket, 1e3 * (request.ttft_s or 0.0), 1e3 * (request.tbt_s or 0.0)) for request in served
-    ]
+    latencies = [(request.bucket, 1e3 * (request.ttft_s or 0.0), 1e3 * (request.tbt_s or 0.0)) for request in served]
     return World(
         energy_j=energy.total_j,
         mean_sm_mhz=energy.mean_sm_mhz,

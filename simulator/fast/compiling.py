@@ -11,21 +11,20 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
-from numba.core import config
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 SOURCES = Path(__file__).parent
+_CONFIG: Any = numba.config  # its settings are made from the environment, so type checkers do not know them
 # Arithmetic is deterministic: no fast-math. With numpy's errors, a division needs no branch for a zero below it.
 
 
 def part(function: Function) -> Function:
     """Compiles a function that only kernels call; its machine code is kept as part of theirs."""
-    compiled: Function = numba.njit(error_model="numpy", nogil=True)(function)
-    return compiled
+    return cast(Function, numba.njit(error_model="numpy", nogil=True)(function))
 
 
 def kernel(function: Function) -> Function:
@@ -37,14 +36,14 @@ def kept_in(folder: Path | None) -> Callable[[Function], Function]:
     """Compiles and keeps the machine code in `folder`; without one it is compiled in every process."""
 
     def compile_(function: Function) -> Function:
-        before = config.CACHE_DIR
+        before = _CONFIG.CACHE_DIR
         # numba reads the setting when a function is decorated; it is put back for other users of numba.
-        config.CACHE_DIR = "" if folder is None else str(folder)
+        _CONFIG.CACHE_DIR = "" if folder is None else str(folder)
         try:
-            compiled: Function = numba.njit(cache=folder is not None, error_model="numpy", nogil=True)(function)
+            compiled = numba.njit(cache=folder is not None, error_model="numpy", nogil=True)(function)
         finally:
-            config.CACHE_DIR = before
-        return compiled
+            _CONFIG.CACHE_DIR = before
+        return cast(Function, compiled)
 
     return compile_
 
@@ -67,8 +66,8 @@ def machine_code_folder(sources: Iterable[Path], root: Path | None = None) -> Pa
 
 
 def _default_root() -> Path:
-    if config.CACHE_DIR:
-        return Path(config.CACHE_DIR)
+    if _CONFIG.CACHE_DIR:
+        return Path(_CONFIG.CACHE_DIR)
     checkout = SOURCES.parents[1]
     if (checkout / "pyproject.toml").exists() and os.access(checkout, os.W_OK):
         return checkout / ".cache" / "kernels"

@@ -296,8 +296,9 @@ class FastEngines:
 
     def energy_j(self) -> NDArray[np.float64]:
         """Joules of all GPUs of all instances so far: serving, idle, loading, draining. Empty GPUs are not here."""
-        here_j: NDArray[np.float64] = self._instances["energy_j"] * self._instances["tp"][:, np.newaxis]
-        return self._gone_j + here_j.sum(axis=0)
+        drawn_j: NDArray[np.float64] = self._instances["energy_j"] * self._instances["tp"][:, np.newaxis]
+        total_j: NDArray[np.float64] = self._gone_j + drawn_j.sum(axis=0)
+        return total_j
 
     def counters(self) -> dict[RequestClass, ClassRow]:
         """What a gateway would have counted since its start."""

@@ -261,8 +261,7 @@ def _draw(pool: int, count: int, members: Array, fleet: Record) -> int:
     number = np.int64(((drawn >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32))
     fraction = np.int64(drawn & np.uint64(0xFFFFFFFF)) / 4294967296.0
     member = members[pool, number]
-    drawn_member: int = number if fraction < member.share else np.int64(member.other)
-    return drawn_member
+    return int(number) if fraction < member.share else int(member.other)
 
 
 @part

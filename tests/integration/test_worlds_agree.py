@@ -1,0 +1,70 @@
+"""One core, two worlds: the demonstration's minutes in real time, with processes, and again in virtual time.
+
+The static fleet pins the physics: nothing is decided there, so energy and latency must agree closely. The controlled
+fleet pins the loop: same first layout, like energy, clocks and number of decisions. What may differ is timing noise:
+real ticks and telemetry fall at other instants of the same load.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.demo_run import DemoRun
+from tests.worlds import World, real, virtual
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def static(quick_demo: DemoRun) -> tuple[World, World]:
+    return both(quick_demo, "baseline")
+
+
+@pytest.fixture(scope="module")
+def controlled(quick_demo: DemoRun) -> tuple[World, World]:
+    return both(quick_demo, "dynamollm")
+
+
+def both(run: DemoRun, fleet: str) -> tuple[World, World]:
+    warm_up_s = run.figures["facts"]["warm_up_s"]
+    folder = run.folder / fleet
+    return real(folder, run.figures["phases"][fleet], warm_up_s), virtual(folder, warm_up_s)
+
+
+def test_static_fleet_spends_the_same_energy(static: tuple[World, World]) -> None:
+    measured, computed = static
+    assert computed.energy_j == pytest.approx(measured.energy_j, rel=0.03)
+    assert computed.mean_sm_mhz == pytest.approx(measured.mean_sm_mhz, rel=0.001)
+
+
+def test_static_fleet_is_as_fast(static: tuple[World, World]) -> None:
+    measured, computed = static
+    assert computed.tbt_p50_ms == pytest.approx(measured.tbt_p50_ms, rel=0.05)
+    for bucket, ttft_ms in computed.ttft_p50_ms.items():
+        # The real way through client and gateway adds some milliseconds, on a busy machine more.
+        assert ttft_ms - 5 <= measured.ttft_p50_ms[bucket] <= 1.25 * ttft_ms + 25
+
+
+def test_the_same_first_decision(controlled: tuple[World, World], static: tuple[World, World]) -> None:
+    for measured, computed in (controlled, static):
+        assert computed.first_layout == measured.first_layout
+
+
+def test_controlled_fleet_spends_like_energy_at_like_clocks(controlled: tuple[World, World]) -> None:
+    measured, computed = controlled
+    assert computed.energy_j == pytest.approx(measured.energy_j, rel=0.12)
+    assert computed.mean_sm_mhz == pytest.approx(measured.mean_sm_mhz, rel=0.15)
+
+
+def test_controlled_fleet_decides_as_often(controlled: tuple[World, World]) -> None:
+    measured, computed = controlled
+    for level in ("cluster", "pool", "instance"):
+        assert 0.4 * measured.decisions[level] <= computed.decisions[level] <= 2.5 * measured.decisions[level] + 2
+
+
+def test_both_worlds_find_control_cheaper_and_fast_enough(
+    controlled: tuple[World, World], static: tuple[World, World]
+) -> None:
+    for steered, fixed in zip(controlled, static, strict=True):
+        assert steered.energy_j < fixed.energy_j
+        assert steered.in_slo > 0.9
