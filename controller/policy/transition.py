@@ -73,7 +73,7 @@ class TransitionSettings:
     max_attempts: int = 3  # starts of one wanted instance before it is given up
     # A forced break may miss this many times what standing still misses: it lasts a drain and a start, while standing
     # still lasts until the load changes.
-    max_break_ratio: float = 10.0
+    max_break_ratio: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)

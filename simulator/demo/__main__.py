@@ -22,7 +22,7 @@ DEFAULT_MINUTES = 3.0
 # What a run spends on starting fleets, on the last requests and on ending: the rest is load, half of it for each fleet.
 OVERHEAD_S = 60.0
 WARM_UP_S = 8.0
-QUICK_LOAD_S, QUICK_WARM_UP_S = 13.0, 3.0
+QUICK_LOAD_S, QUICK_WARM_UP_S = 16.0, 4.0
 EXIT_INTERRUPTED = 130
 PLAIN_WIDTH = 110  # of tables in a file or a pipe
 

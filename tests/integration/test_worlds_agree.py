@@ -7,28 +7,45 @@ real ticks and telemetry fall at other instants of the same load.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from tests.demo_run import DemoRun
+from tests.demo_run import DemoRun, prepared
 from tests.worlds import World, real, virtual
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+@dataclass(frozen=True)
+class Finished:
+    folder: Path
+    figures: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def static(quick_demo: DemoRun) -> tuple[World, World]:
-    return both(quick_demo, "baseline")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    prepared()
+    with DemoRun(tmp_path_factory.mktemp("worlds"), "--quick", "--seed", "2") as demo:
+        return Finished(demo.folder, demo.figures())
 
 
 @pytest.fixture(scope="module")
-def controlled(quick_demo: DemoRun) -> tuple[World, World]:
-    return both(quick_demo, "dynamollm")
+def static(finished: Finished) -> tuple[World, World]:
+    return both(finished, "baseline")
 
 
-def both(run: DemoRun, fleet: str) -> tuple[World, World]:
-    warm_up_s = run.figures["facts"]["warm_up_s"]
-    folder = run.folder / fleet
-    return real(folder, run.figures["phases"][fleet], warm_up_s), virtual(folder, warm_up_s)
+@pytest.fixture(scope="module")
+def controlled(finished: Finished) -> tuple[World, World]:
+    return both(finished, "dynamollm")
+
+
+def both(finished: Finished, fleet: str) -> tuple[World, World]:
+    warm_up_s = finished.figures["facts"]["warm_up_s"]
+    folder = finished.folder / fleet
+    return real(folder, finished.figures["phases"][fleet], warm_up_s), virtual(folder, warm_up_s)
 
 
 def test_static_fleet_spends_the_same_energy(static: tuple[World, World]) -> None:
