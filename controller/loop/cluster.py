@@ -184,6 +184,7 @@ def _without_forecast(turn: Turn, trigger: str, gpus: int, known: bool) -> None:
     state, now = turn.state, turn.now
     inputs = {"gpus": gpus, "load_known": known, "profile": state.profile_checksum}
     if state.pools and state.settings.knobs.instances:
+        placed = lay_out(state, now)  # what stood on a lost node is placed anew
         turn.decide(
             Level.CLUSTER,
             SCOPE,
@@ -191,7 +192,7 @@ def _without_forecast(turn: Turn, trigger: str, gpus: int, known: bool) -> None:
             Reason.NO_LOAD_DATA,
             "No load data: the last plan is held.",
             inputs=inputs,
-            outcome={"accepted": False, "plan": plan_json(state)},
+            outcome={"accepted": True, "missing": counts_json(placed.missing), "plan": plan_json(state)},
         )
         return
     cold = not state.pools

@@ -183,6 +183,10 @@ def _set_clocks(turn: Turn) -> None:
     state, now_s = turn.state, turn.now.monotonic_s
     if not state.settings.knobs.clocks:
         return
+    age_s = state.load.age_s(now_s)
+    if age_s is not None and age_s > state.settings.hold_s:
+        _unlock_all(turn)
+        return
     pool_rates = _pool_rates(turn)
     weights: dict[str, float] = {}
     for pool in state.routing.pools if state.routing else ():
@@ -216,6 +220,28 @@ def _set_clocks(turn: Turn) -> None:
                     "clock of least power that meets the SLO",
                 )
             )
+
+
+def _unlock_all(turn: Turn) -> None:
+    """No gateway has reported for longer than a plan may be held blindly: full clocks everywhere."""
+    state = turn.state
+    for node in state.nodes.values():
+        for instance in node.instances:
+            had = state.clocks.get(instance.instance_id)
+            if had is None or had.mhz is None:
+                continue
+            effect_id = turn.effect_id()
+            turn.effects.append(ReleaseClocks(effect_id, node.node_id, instance.gpu_uuids, "no load data"))
+            turn.decide(
+                Level.INSTANCE,
+                instance.instance_id,
+                "tick",
+                Reason.STALE_TELEMETRY,
+                f"{instance.instance_id} to full clock: no load was reported for {state.settings.hold_s:g} s.",
+                inputs={"current_mhz": had.mhz, "hold_s": state.settings.hold_s},
+                outcome={"mhz": state.profile.full_mhz, "gpu_uuids": list(instance.gpu_uuids)},
+            )
+            state.clocks[instance.instance_id] = ChosenClock(None, Reason.STALE_TELEMETRY, turn.now.monotonic_s)
 
 
 def _pool_rates(turn: Turn) -> dict[str, float] | None:

@@ -67,7 +67,7 @@ class Demand:
 
 
 def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | None:
-    """The load over the next horizon; from configuration before the first report; None when it is unknown.
+    """The load over the next horizon; the configured one for the first plan; None when it is unknown.
 
     What is decided now serves only after a start, and until what is decided next has started: the horizon is longer
     than the period by one start.
@@ -87,11 +87,12 @@ def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | No
                 parts[request_class] = (*parts.get(request_class, ()), part)
     tokens = state.load.mean_tokens(now.monotonic_s, settings.max_age_s)
     seen_s = max((part.observed_s for seen in parts.values() for part in seen), default=0.0)
-    # Silence before the first request, and a few seconds of load, say less than the operator's own expectation.
-    warm = state.load.any_arrived and seen_s >= state.settings.load_window_s
-    if warm or (parts and not state.settings.initial_rps):
+    # Silence before the first request says less than the operator's own expectation, for a while.
+    expecting = bool(state.settings.initial_rps) and not state.load.any_arrived
+    if parts and seen_s >= (state.settings.hold_s if expecting else state.settings.load_window_s):
         return Demand(parts, tokens, cold=False)
-    if state.settings.initial_rps:
+    # The expectation makes the first plan and no later one: a restarted controller holds what it finds instead.
+    if state.settings.initial_rps and not state.pools:
         return Demand(
             {
                 request_class: (RateForecast(rate, rate * _COLD_STD_RATIO, rate, 0.0, 1.0, 0.0),)

@@ -10,6 +10,7 @@ from controller.domain.classes import RequestClass
 from controller.domain.reasons import Level, Mode, Reason
 from controller.fleet.port import (
     ApplyClocks,
+    ClassCounters,
     DrainInstance,
     Effect,
     EffectDone,
@@ -17,9 +18,12 @@ from controller.fleet.port import (
     GpuObservation,
     InstanceObservation,
     InstanceState,
+    LoadObservation,
+    LoadSeen,
     NodeObservation,
     NodeSeen,
     PublishRouting,
+    ReleaseClocks,
     Solve,
     StartInstance,
     Tick,
@@ -278,3 +282,55 @@ def test_a_restarted_controller_waits_for_slow_nodes() -> None:
 def test_broken_inequalities_are_refused(changes: dict[str, float], what: str) -> None:
     with pytest.raises(ValueError, match=what):
         settings(**changes)
+
+
+def load(at_s: float, arrived: int) -> LoadSeen:
+    counters = {MS: ClassCounters(arrived, arrived, 0, arrived, 500 * arrived, 150 * arrived)}
+    return LoadSeen(LoadObservation("g", "1", at_s, MODEL, counters, {}))
+
+
+def test_without_load_reports_the_plan_is_held_and_then_clocks_are_freed() -> None:
+    bench = make(nodes=1, hold_s=40.0)
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    bench.send(load(bench.now_s, 0))
+    bench.see("a", ready(start))
+    bench.send(Tick(Level.INSTANCE))
+    assert bench.core.state.clocks[start.instance_id].mhz == 800
+    for _ in range(3):
+        bench.wait(15)
+        bench.see("a", ready(start))
+        effects = bench.send(Tick(Level.INSTANCE))
+    assert [type(effect) for effect in effects] == [ReleaseClocks]
+    assert bench.decisions[-1] == (Level.INSTANCE, Reason.STALE_TELEMETRY)
+    assert len(bench.core.state.layout.instances) == 1, "capacity is never shrunk on silence"
+
+
+def test_a_rising_load_grows_the_pool_at_its_next_tick() -> None:
+    bench = make(nodes=2, initial_rps={MS: 0.5})
+    bench.see("a")
+    bench.see("b")
+    started = starts(bench.send(Tick(Level.INSTANCE)))
+    by_node = {node: [ready(e) for e in started if e.node_id == node] for node in ("a", "b")}
+    before = sum(len(e.gpu_uuids) for e in started)
+    for second in range(1, 40):
+        bench.wait(1)
+        bench.send(load(bench.now_s, 8 * second))
+        if second % 5 == 0:
+            for node, instances in by_node.items():
+                bench.see(node, *instances)
+    grown = starts(bench.send(Tick(Level.POOL)))
+    assert before + sum(len(effect.gpu_uuids) for effect in grown) >= 8
+    assert not [e for step in bench.steps for e in step.effects if isinstance(e, DrainInstance)]
+
+
+def test_silence_before_the_first_request_is_not_zero_load() -> None:
+    bench = make(nodes=1, initial_rps={MS: 4.0})
+    bench.see("a")
+    started = starts(bench.send(Tick(Level.INSTANCE)))
+    for _ in range(60):
+        bench.wait(1)
+        bench.send(load(bench.now_s, 0))
+        bench.see("a", *(ready(effect) for effect in started))
+    effects = bench.send(Tick(Level.POOL)) + bench.send(Tick(Level.CLUSTER))
+    assert not [effect for effect in effects if isinstance(effect, DrainInstance)]

@@ -120,8 +120,9 @@ def brute_force_w(p: PlanProblem, partition: tuple[PoolDemand, ...]) -> float | 
         for c, n in used:
             by_tp[c.tp] += n
         have = Counter({tp: sum(n for (_, t), n in p.current.items() if t == tp) for tp in (2, 4, 8)})
-        start_w = sum(max(0, n - have[tp]) * p.start_j.get(tp, 0.0) / p.horizon_s for tp, n in by_tp.items())
-        watts = sum(n * c.power_w for c, n in used) + p.parked_w * (p.gpus - gpus) + start_w
+        switch_j = sum(max(0, n - have[tp]) * p.start_j.get(tp, 0.0) for tp, n in by_tp.items())
+        switch_j += sum(max(0, have[tp] - n) * p.retire_j.get(tp, 0.0) for tp, n in by_tp.items())
+        watts = sum(n * c.power_w for c, n in used) + p.parked_w * (p.gpus - gpus) + switch_j / p.horizon_s
         best = watts if best is None else min(best, watts)
     return best
 
@@ -141,9 +142,15 @@ RATES = st.integers(0, 8000).map(lambda n: n / 1000)
     RATES,
     st.integers(0, 2),
     st.dictionaries(st.sampled_from([2, 4, 8]), st.floats(0, 1e5), max_size=3),
+    st.dictionaries(st.sampled_from([2, 4, 8]), st.floats(0, 1e5), max_size=3),
 )
 def test_matches_brute_force_on_small_instances(
-    rows: list[tuple[str, int, float, float]], a: float, b: float, current: int, start_j: dict[int, float]
+    rows: list[tuple[str, int, float, float]],
+    a: float,
+    b: float,
+    current: int,
+    start_j: dict[int, float],
+    retire_j: dict[int, float],
 ) -> None:
     columns = tuple(Column(pool, tp, 1000, rate, watts) for pool, tp, rate, watts in rows)
     p = problem(
@@ -152,6 +159,7 @@ def test_matches_brute_force_on_small_instances(
         gpus=8,
         current={("a", 4): current},
         start_j=start_j,
+        retire_j=retire_j,
         gap=0.0,
     )
     solution = solve(p)
@@ -227,6 +235,30 @@ def test_starting_costs_hold_a_layout_and_relabelling_is_free() -> None:
     assert split.chosen is not None
     assert split.chosen.counts == {("long", 8): 1, ("short", 8): 1}
     assert split.chosen.objective_w == pytest.approx(split.chosen.power_w)
+
+
+def test_what_retires_is_paid_for() -> None:
+    there = {("all", 8): 2}
+    free = solve(problem(rates=(2.0, 99.0, 99.0), current=there))
+    dear = solve(problem(rates=(2.0, 99.0, 99.0), current=there, retire_j={8: 1e7}))
+    assert free.chosen is not None
+    assert dear.chosen is not None
+    assert free.chosen.counts.get(("all", 8), 0) < 2
+    assert dear.chosen.counts[("all", 8)] == 2
+    assert free.chosen.objective_w == pytest.approx(free.chosen.power_w)
+
+
+def test_short_of_capacity_it_grows_beside_what_is_there_where_it_can() -> None:
+    one_pool = problem(partitions=((PoolDemand("all", 9.0),),), current={("all", 4): 1, ("all", 2): 1})
+    anew = solve(replace(one_pool, gpus=14))
+    beside = solve(replace(one_pool, gpus=14, keep_current=True))
+    assert anew.chosen is not None
+    assert beside.chosen is not None
+    assert beside.chosen.objective_w >= anew.chosen.objective_w
+    assert sum(n for (_, tp), n in beside.chosen.counts.items() if tp == 4) >= 1
+    assert sum(n for (_, tp), n in beside.chosen.counts.items() if tp == 2) >= 1
+    no_room = replace(one_pool, gpus=8, partitions=((PoolDemand("all", 7.0),),), current={("all", 4): 1, ("all", 8): 1})
+    assert solve(replace(no_room, keep_current=True)).chosen is not None
 
 
 def test_groups_must_fit_into_nodes_whole() -> None:

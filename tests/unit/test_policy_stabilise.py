@@ -7,7 +7,15 @@ from math import inf
 import pytest
 
 from controller.domain.reasons import Reason
-from controller.policy.stabilise import LayoutPrice, StabiliseSettings, Verdict, judge, price, starts_needed
+from controller.policy.stabilise import (
+    LayoutPrice,
+    StabiliseSettings,
+    Verdict,
+    judge,
+    price,
+    retirements_needed,
+    starts_needed,
+)
 from controller.profile.fit import fit
 from tests.synthetic_profile import synthetic_profile
 
@@ -91,6 +99,20 @@ def test_price_of_what_is_short_or_missing() -> None:
     assert (empty.carries, empty.power_w) == (True, 16 * FITTED.parked_w)
 
 
+def test_a_slight_shortage_waits_for_the_transition_that_is_under_way() -> None:
+    waits = verdict(priced(5000, 1.05), priced(8000, 0.8), pending=True)
+    assert (waits.accept, waits.reason) == (False, Reason.TRANSITION_PENDING)
+    assert verdict(priced(5000, 1.05), priced(8000, 0.8)).accept
+
+
+def test_what_retires_counts_as_cost() -> None:
+    args = (priced(6000), priced(5700), {}, {}, 300.0, None, False)
+    assert judge(*args).accept
+    kept = judge(*args, retired={8: 2}, retire_j={8: 40_000.0})
+    assert not kept.accept
+    assert kept.cost_high_j == pytest.approx(1.3 * 80_000)
+
+
 def test_settings_move_the_bounds() -> None:
     sure = StabiliseSettings(saving_confidence=1.0, cost_factor=1.0)
     args = (priced(6000), priced(5860), {8: 1}, {8: 40_000.0}, 300.0, None, False)
@@ -101,3 +123,4 @@ def test_settings_move_the_bounds() -> None:
 def test_only_growth_of_a_tp_is_started() -> None:
     assert starts_needed({("all", 8): 2}, {("short", 8): 1, ("long", 8): 1}) == {}
     assert starts_needed({("all", 8): 2}, {("short", 4): 2, ("long", 8): 3}) == {4: 2, 8: 1}
+    assert retirements_needed({("all", 8): 2, ("all", 4): 1}, {("short", 4): 2, ("long", 8): 1}) == {8: 1}

@@ -147,11 +147,21 @@ class _Model(NamedTuple):
 
 
 def _solve_partition(problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str) -> PartitionResult:
+    if problem.keep_current:
+        growing = _solve_once(problem, partition, solver, keep_current=True)
+        if growing.status in ("optimal", "feasible"):
+            return growing
+    return _solve_once(problem, partition, solver, keep_current=False)
+
+
+def _solve_once(
+    problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str, keep_current: bool
+) -> PartitionResult:
     pools = tuple(demand.pool for demand in partition)
     known = {column.pool for column in problem.columns}
     if any(d.pool not in known and (d.rate_rps > 0 or d.min_instances > 0) for d in partition):
         return _failed(pools, "infeasible", _why_infeasible(problem, partition))
-    model = _build(problem, partition)
+    model = _build(problem, partition, keep_current)
     try:
         bound_w, limited = _run(model.lp, problem, solver)
     except _InfeasibleError:
@@ -202,7 +212,7 @@ def _by_tp(counts: Any) -> Counter[int]:
     return total
 
 
-def _build(problem: PlanProblem, partition: tuple[PoolDemand, ...]) -> _Model:
+def _build(problem: PlanProblem, partition: tuple[PoolDemand, ...], keep_current: bool) -> _Model:
     pools = {demand.pool for demand in partition}
     columns = [c for c in problem.columns if c.pool in pools and c.tp <= problem.gpus_per_node]
     there = _by_tp(problem.current)
@@ -230,6 +240,9 @@ def _build(problem: PlanProblem, partition: tuple[PoolDemand, ...]) -> _Model:
         lp.addConstraint(pulp.lpSum(n for c, n in counts if c.tp == tp) - started <= there[tp])
     for tp, retired in retires.items():
         lp.addConstraint(pulp.lpSum(n for c, n in counts if c.tp == tp) + retired >= there[tp])
+    if keep_current:
+        for tp in sorted(tps & set(there)):
+            lp.addConstraint(pulp.lpSum(n for c, n in counts if c.tp == tp) >= there[tp])
     # Kinds that no column has any more leave in any case.
     gone_j = sum(n * problem.retire_j.get(tp, 0.0) for tp, n in there.items() if tp not in tps)
     return _Model(lp, counts, problem.parked_w * problem.gpus + gone_j / problem.horizon_s)

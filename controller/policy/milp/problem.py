@@ -39,7 +39,8 @@ class PlanProblem:
 
     `current` counts the instances that exist now by (pool, tp). An instance may change its pool without a restart,
     so per tp only what exceeds it in all pays `start_j[tp]`, and only what falls short of it pays `retire_j[tp]`
-    (what an instance draws from its last use to its end).
+    (what an instance draws from its last use to its end). With `keep_current` none retires where a plan without
+    that exists: for when capacity is short, since what must first make room serves nothing meanwhile.
     Limits are deterministic (nodes and gap); `time_limit_s` is the last resort.
     """
 
@@ -53,6 +54,7 @@ class PlanProblem:
     current: Mapping[tuple[str, int], int] = field(default_factory=dict)
     start_j: Mapping[int, float] = field(default_factory=dict)
     retire_j: Mapping[int, float] = field(default_factory=dict)
+    keep_current: bool = False
     gap: float = 0.005
     node_limit: int = 20_000
     time_limit_s: float = 10.0
