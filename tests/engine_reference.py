@@ -80,10 +80,7 @@ def serve_one(physics: Physics, tp: int, trace: Trace, clocks: Sequence[tuple[fl
             mhz = what
         else:
             engine.add(str(what), int(trace.input_tokens[what]), int(trace.output_tokens[what]), at_s)
-        if flight is not None:
-            flight = engine.cut(at_s)
-        else:
-            flight = engine.begin_iteration(at_s, mhz, max_steps=MERGED_STEPS)
+        flight = engine.cut(at_s) if flight else engine.begin_iteration(at_s, mhz, max_steps=MERGED_STEPS)
     run_until(float("inf"))
     served.preemptions = engine.counters.preemptions
     served.end_s = now_s

@@ -28,7 +28,8 @@ class LoadWindow:
 
 @dataclass(frozen=True, slots=True)
 class ForecastSettings:
-    half_life_s: float = 120.0  # of the level's memory
+    half_life_s: float = 120.0  # of the long memory
+    short_memory: float = 0.25  # of the long one's half-life
     quantile: float = 0.95  # of the sustained rate that is provisioned for
     sustained_s: float = 30.0  # a peak shorter than this is left to the head-room in the profile's knee
     max_trend_ratio: float = 0.5  # the trend may move the level by at most this share of it over the horizon
@@ -53,25 +54,31 @@ def forecast(
     """The rate over the next `horizon_s`; None when no usable window exists (unknown is not zero).
 
     A line is fitted through the windows' rates, newer ones weighing more: its value now is the level, its slope the
-    trend. The mean is that of the horizon's second half when the trend rises, and the level when it falls: capacity
-    comes early and leaves late. The deviation holds the arrivals' own noise and that of the estimate.
+    trend. The mean is that of the horizon's second half when the trend rises, and the level when it falls. This is
+    done with a long memory, which is steady, and with a short one, which sees a turn soon; the higher mean holds:
+    capacity comes early and leaves late. The deviation holds the arrivals' own noise and that of the estimate.
     """
     settings = settings or ForecastSettings()
     usable = [w for w in windows if _usable(w, now_s, settings)]
     if not usable:
         return None
-    line = _fit_line(usable, now_s, settings.half_life_s)
+    observed = sum(w.seconds for w in usable)
+    memories = (settings.half_life_s, settings.half_life_s * settings.short_memory)
+    lines = [_fit_line(usable, now_s, half_life_s) for half_life_s in memories]
+    return max((_ahead(line, horizon_s, observed, settings) for line in lines), key=lambda seen: seen.mean_rps)
+
+
+def _ahead(line: _Line, horizon_s: float, observed_s: float, settings: ForecastSettings) -> RateForecast:
     level = max(0.0, line.rate_now)
     # Far ahead a line is a guess: the trend moves the level by a bounded share of it.
     bound = settings.max_trend_ratio * level
     ahead = max(-bound, min(bound, line.trend * horizon_s))
     mean = level + max(0.0, 0.75 * ahead)
     # No arrival seen is no proof of none to come: a rate below one per observed span cannot be told from zero.
-    observed = sum(w.seconds for w in usable)
-    noise = line.dispersion * max(mean, 1.0 / observed)
+    noise = line.dispersion * max(mean, 1.0 / observed_s)
     sustained_s = max(1.0, min(settings.sustained_s, horizon_s))
     variance = noise / sustained_s + noise / line.effective_s
-    return RateForecast(mean, sqrt(variance), level, line.trend, line.dispersion, observed)
+    return RateForecast(mean, sqrt(variance), level, line.trend, line.dispersion, observed_s)
 
 
 class _Line(NamedTuple):

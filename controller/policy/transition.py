@@ -69,7 +69,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class TransitionSettings:
-    max_drains_per_pool: int = 1  # at once: only part of a pool is ever on its way out
+    # At once: only part of a pool is ever on its way out. The larger of the two.
+    max_drains_per_pool: int = 1
+    max_drain_share: float = 0.2
     max_attempts: int = 3  # starts of one wanted instance before it is given up
     # A forced break may miss this many times what standing still misses: it lasts a drain and a start, while standing
     # still lasts until the load changes.
@@ -297,11 +299,13 @@ def _take(
     taken: list[Step] = []
     held_back: list[Step] = []
     drained = Counter(draining)
+    members = Counter(pool for pool, _ in serving.values()) + draining
+    most = {pool: max(settings.max_drains_per_pool, int(settings.max_drain_share * n)) for pool, n in members.items()}
     for change in changes:
         before_rps = shortfall_rps(serving.values(), capacity)
         after = _after(serving, change)
         if (
-            (change.kind is StepKind.DRAIN and drained[change.pool] >= settings.max_drains_per_pool)
+            (change.kind is StepKind.DRAIN and drained[change.pool] >= most[change.pool])
             or shortfall_rps(after.values(), capacity) > before_rps + 1e-9
             or not _covered(serving.values(), capacity) <= _covered(after.values(), capacity)
         ):

@@ -7,7 +7,7 @@ same way and order as by the reference, so both give the same decisions.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
@@ -96,7 +96,7 @@ class FastFleet:
     Arrivals count from `start_s`; the window opens `warm_up_s` later. `keep_observations` keeps every one, and every
     effect, as the reference does; a week holds too many. With `sparse`, nodes and load are observed once per instance
     tick, `telemetry_s` before it, which is when the tick's inputs were seen anyway; a start is reported at once either
-    way. `choices` is that of `FastEngines`.
+    way. Decisions are kept for the result, unless `on_decision` takes them. `choices` is that of `FastEngines`.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class FastFleet:
         seed: int = 0,
         sparse: bool = False,
         keep_observations: bool = False,
+        on_decision: Callable[[Decision], None] | None = None,
     ) -> None:
         self._core = core
         self._model = core.state.settings.model
@@ -133,6 +134,7 @@ class FastFleet:
         self._nodes = {f"node-{i}": Node(f"node-{i}", self.engines, gpus_per_node) for i in range(nodes)}
         self._rows: dict[str, int] = {}  # of every instance, by id
         self._decisions: list[Decision] = []
+        self._on_decision = on_decision or self._decisions.append
         self._observations: list[NodeObservation] = []
         self._effects: list[tuple[float, Effect]] = []
         self._shown: Shown | None = None  # of this instant, until something is changed
@@ -211,7 +213,8 @@ class FastFleet:
     def _handle(self, event: Event) -> None:
         now_s = self.engines.now_s
         step = self._core.handle(Instant(now_s, WALL_AT_ZERO_S + now_s), event)
-        self._decisions.extend(step.decisions)
+        for decision in step.decisions:
+            self._on_decision(decision)
         for effect in step.effects:
             if self._keep:
                 self._effects.append((now_s, effect))

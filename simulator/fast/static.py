@@ -30,7 +30,7 @@ def static_engines(
     choices: int | None = None,
     seed: int = 0,
 ) -> FastEngines:
-    """`instances` x TP`tp` at `mhz` (full clock without), routed to and idle; `advance` or `finish` serves the trace."""
+    """`instances` of `tp` GPUs at `mhz` (by default full clock), routed to and idle; `advance` serves the trace."""
     engines = FastEngines(physics, trace, choices=choices, seed=seed)
     rows = {f"i{number:05d}": engines.start(tp, mhz or physics.clocks_mhz[-1]) for number in range(instances)}
     for row in rows.values():

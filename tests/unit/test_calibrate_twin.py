@@ -24,6 +24,7 @@ from controller.calibrate.sweep import (
 from controller.domain.classes import DEFAULT_GROUPS, by_input
 from controller.profile.fit import ProfileFit, fit
 from simulator.calibration import TwinBackend, arrivals, calibrate_twin, single_pool_max_rps
+from simulator.calibration_check import best_clocks, check_table
 from simulator.physics import Physics
 from simulator.steady import serve_steadily
 from simulator.traces import Request, generate, token_mix
@@ -152,6 +153,14 @@ def test_long_prompts_cost_more_than_short_ones(fitted: ProfileFit) -> None:
     for group in ("short", "long"):
         weights = [profile.request_weight(group, c) for c in profile.mixes[group]]
         assert min(weights) < 1 < max(weights)
+
+
+def test_the_check_table_says_what_this_profile_says(fitted: ProfileFit) -> None:
+    lines = check_table(fitted, 90.0).splitlines()
+    assert "| 7.6 | 7.50 |" in lines[2]
+    assert best_clocks(fitted, "long") in lines[6]
+    assert f"| {fitted.max_rate_rps('long', 2) / 2 / (fitted.max_rate_rps('long', 8) / 8):.2f} |" in lines[7]
+    assert "| 122, 84 |" in lines[8]
 
 
 # -------------------------------------------------------------------------------------------------- on disk

@@ -85,7 +85,7 @@ def test_the_kernels_machine_code_lies_in_the_folder_of_their_sources():
     folder = machine_code_folder(SOURCES)
     assert folder is not None
     assert Path(serve.stats.cache_path).is_relative_to(folder)
-    assert compiling._CONFIG.CACHE_DIR == os.environ.get("NUMBA_CACHE_DIR", "")
+    assert os.environ.get("NUMBA_CACHE_DIR", "") == compiling._CONFIG.CACHE_DIR, "others' setting is as it was"
 
 
 def test_kernels_use_nothing_of_ours_but_the_sources_that_name_their_folder():

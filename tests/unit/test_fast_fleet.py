@@ -7,12 +7,30 @@ from math import inf
 import numpy as np
 import pytest
 
-from controller.domain.classes import ALL_CLASSES, RequestClass
+from controller.domain.classes import ALL_CLASSES, RequestClass, by_input
 from controller.domain.decision import canonical_json
 from controller.domain.gpu_state import GpuState
-from controller.fleet.port import InstanceState, NodeObservation, RoutedInstance, RoutedPool
-from controller.loop.core import Core
+from controller.domain.reasons import Level
+from controller.fleet.port import (
+    ApplyClocks,
+    ClockTarget,
+    DrainInstance,
+    Effect,
+    Event,
+    InstanceState,
+    NodeObservation,
+    PublishRouting,
+    ReleaseClocks,
+    RoutedInstance,
+    RoutedPool,
+    RoutingTable,
+    StartInstance,
+    StopInstance,
+    Tick,
+)
+from controller.loop.core import Core, Step
 from controller.loop.settings import Knobs, LoopSettings
+from controller.loop.state import Instant
 from simulator.fast.engines import FastEngines
 from simulator.fast.fleet import FastFleet, FastResult
 from simulator.fast.static import gap_quantile_s, static_engines
@@ -73,15 +91,7 @@ def assert_same_observation(slow: NodeObservation, fast: NodeObservation) -> Non
         assert mine.step_seconds == pytest.approx(theirs.step_seconds)
 
 
-@pytest.mark.parametrize(
-    ("kind", "rate_rps", "seconds", "knobs"),
-    [("conv", 5.0, 60.0, None), ("conv", 13.0, 60.0, None), ("code", 9.0, 60.0, None), ("conv", 5.0, 40.0, STATIC)],
-    ids=["light", "overload", "bursts", "static"],
-)
-def test_the_whole_loop_decides_and_serves_as_over_the_reference(kind, rate_rps, seconds, knobs):
-    trace = generate(kind, seconds, rate_rps, seed=1)
-    slow, fast = serve_slow(trace, knobs), serve_fast(trace, knobs)
-    assert decided(slow) == decided(fast)
+def assert_same(slow: FleetResult, fast: FastResult) -> None:
     assert [effect for _, effect in slow.effects] == [effect for _, effect in fast.effects]
     assert [request.pool for request in slow.requests] == [fast.pools[pool] for pool in fast.requests["pool"]]
     np.testing.assert_allclose(fast.ttft_s(), [request.ttft_s for request in slow.requests], rtol=0, atol=1e-6)
@@ -99,17 +109,103 @@ def test_the_whole_loop_decides_and_serves_as_over_the_reference(kind, rate_rps,
     assert gap_quantile_s(fast.gaps, 0.99) == pytest.approx(weighted_quantile(slow.gaps.items(), 0.99), abs=2e-4)
 
 
-def test_the_overload_above_queues_and_spills():
-    """Otherwise it would prove nothing about the dispatcher."""
-    fast = serve_fast(generate("conv", 60.0, 13.0, seed=1))
-    assert fast.requests["queue_s"].max() > 1.0
-    assert fast.spilled > 0
-    assert len(fast.pools) > 1
+@pytest.mark.parametrize(
+    ("kind", "rate_rps", "seconds", "knobs"),
+    [("conv", 5.0, 60.0, None), ("conv", 13.0, 60.0, None), ("code", 9.0, 60.0, None), ("conv", 5.0, 40.0, STATIC)],
+    ids=["light", "overload", "bursts", "static"],
+)
+def test_the_whole_loop_decides_and_serves_as_over_the_reference(kind, rate_rps, seconds, knobs):
+    trace = generate(kind, seconds, rate_rps, seed=1)
+    slow, fast = serve_slow(trace, knobs), serve_fast(trace, knobs)
+    assert decided(slow) == decided(fast)
+    assert_same(slow, fast)
+
+
+class Scripted(Core):
+    """Emits prepared effects with the ticks of the instance level, whatever it is told."""
+
+    def __init__(self, script: dict[float, list[Effect]]) -> None:
+        settings = LoopSettings(model=MODEL, instance_s=1.0, lease_ttl_s=4.0, rpc_deadline_s=0.5)
+        super().__init__(settings, synthetic_profile(), term=1, expected_nodes=NODES)
+        self.script = script
+
+    def handle(self, now: Instant, event: Event) -> Step:
+        due = isinstance(event, Tick) and event.level is Level.INSTANCE
+        return Step((), tuple(self.script.get(now.monotonic_s, []) if due else ()))
+
+
+def gpus(node: int, first: int, tp: int) -> tuple[str, ...]:
+    return tuple(f"GPU-node-{node}-{index}" for index in range(first, first + tp))
+
+
+def start(instance: str, node: int, first: int, tp: int) -> StartInstance:
+    return StartInstance(f"start-{instance}", f"node-{node}", instance, MODEL, "any", gpus(node, first, tp), "")
+
+
+def routing(version: int, **pools: dict[str, tuple[int, float, bool]]) -> PublishRouting:
+    """Pools by name; their instances' limits, weights and whether they take new requests."""
+    groups = {"short": by_input("short", "SM"), "long": by_input("long", "L"), "all": by_input("all", "SML")}
+    routed = tuple(
+        RoutedPool(
+            name,
+            MODEL,
+            groups[name].classes,
+            tuple(
+                RoutedInstance(i, "", 1, limit, weight, takes) for i, (limit, weight, takes) in sorted(members.items())
+            ),
+        )
+        for name, members in sorted(pools.items())
+    )
+    return PublishRouting(f"route-{version}", RoutingTable(1, version, routed))
+
+
+SCRIPT: dict[float, list[Effect]] = {
+    1.0: [start("a", 0, 0, 4), start("b", 0, 4, 4), start("c", 1, 0, 4), start("d", 1, 4, 2)],
+    # Requests arrive from the 5th second on and find nobody yet.
+    7.0: [
+        routing(1, short={"a": (3, 4.0, True), "b": (4, 4.0, True), "d": (2, 1.0, True)}, long={"c": (20, 8.0, True)})
+    ],
+    # A lock that runs out at 12 s, by itself; and one of half the GPUs, which slows the whole instance.
+    8.0: [
+        ApplyClocks("c1", "node-0", (ClockTarget(gpus(0, 4, 4), 1200),), 4.0, ""),
+        ApplyClocks("c2", "node-1", (ClockTarget(gpus(1, 0, 2), 800),), 60.0, ""),
+    ],
+    11.0: [
+        routing(2, short={"a": (3, 4.0, False), "b": (4, 4.0, True), "d": (2, 1.0, True)}, long={"c": (20, 8.0, True)}),
+        DrainInstance("drain-a", "node-0", "a", ""),
+        StopInstance("stop-a-too-early", "node-0", "a", ""),
+    ],
+    19.0: [routing(3, all={"b": (6, 4.0, True), "c": (12, 6.0, True), "d": (3, 2.0, True)})],
+    20.0: [ReleaseClocks("r", "node-1", gpus(1, 0, 2), "")],
+    24.0: [StopInstance("stop-a", "node-0", "a", "")],
+    28.0: [start("e", 0, 0, 2)],
+    33.0: [
+        routing(4, short={"b": (6, 4.0, True), "e": (6, 2.0, True)}, long={"c": (40, 6.0, True), "d": (40, 2.0, True)})
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("conv", 1), ("conv", 2), ("code", 3)])
+def test_queues_spills_drains_leases_and_new_tables_do_what_they_do_in_the_reference(kind, seed):
+    trace = generate(kind, 45.0, 9.0, seed)
+    times = FleetTimes(start_s=2.5)
+    virtual = VirtualFleet(Scripted(SCRIPT), PHYSICS, NODES, times)
+    slow = virtual.run(trace, start_s=5.0)
+    fast = FastFleet(Scripted(SCRIPT), PHYSICS, NODES, trace, start_s=5.0, times=times, keep_observations=True).run()
+    assert_same(slow, fast)
+    # Otherwise this would prove nothing about the dispatcher.
+    assert fast.spilled == virtual._dispatcher.spilled > 0
+    assert fast.requests["queue_s"].max() > 2.0
+    assert {seen.instances[0].state for seen in fast.observations if seen.instances} >= {
+        InstanceState.STARTING,
+        InstanceState.DRAINING,
+        InstanceState.STOPPING,
+    }
 
 
 def test_same_seed_same_bytes():
     def bytes_of(seed: int, draw: int, choices: int | None) -> bytes:
-        result = serve_fast(generate("conv", 40.0, 6.0, seed), choices=choices, seed=draw)
+        result = serve_fast(generate("conv", 15.0, 6.0, seed), choices=choices, seed=draw)
         text = canonical_json([[d.sentence, d.inputs, d.outcome, list(d.alternatives)] for d in result.decisions])
         joules = repr(sorted(result.energy_j.items()))
         return result.requests.tobytes() + result.gaps.tobytes() + text.encode() + joules.encode()

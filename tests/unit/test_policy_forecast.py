@@ -61,6 +61,19 @@ def test_a_rise_is_provisioned_for_ahead_and_a_fall_is_not_trusted() -> None:
     assert falling.mean_rps == pytest.approx(falling.level_rps)
 
 
+def test_a_turn_is_seen_soon_when_it_goes_up() -> None:
+    """Ten minutes of fall, then two of rise: one line through all of it would still be falling."""
+    fall = [12.0 - 0.15 * i for i in range(60)]
+    rise = [3.0 + 0.4 * i for i in range(12)]
+    seen = forecast(windows([*fall, *rise]), 1000.0, 60.0)
+    assert seen is not None
+    assert seen.level_rps == pytest.approx(rise[-1], rel=0.15)
+    assert seen.trend_rps_per_s > 0
+    down = forecast(windows([*rise, *reversed(rise)]), 1000.0, 60.0)
+    assert down is not None
+    assert down.mean_rps > rise[0]
+
+
 def test_the_trend_is_bounded_far_ahead() -> None:
     series = windows([2.0 + 0.5 * i for i in range(20)])
     far = forecast(series, 1000.0, 1e6, ForecastSettings(max_trend_ratio=0.5))

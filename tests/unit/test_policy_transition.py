@@ -126,6 +126,15 @@ def test_one_drain_per_pool_at_a_time() -> None:
     assert len(of_kind(two, StepKind.DRAIN)) == 2
 
 
+def test_a_large_pool_drains_several_at_a_time() -> None:
+    there = tuple(actual(f"a{n}{slot}", "all", n, slot, 2) for n in range(3) for slot in (0, 2, 4, 6))
+    wanted = Layout((planned("a00", "all", 0, 0, 2),))
+    steps = next_steps(wanted, there, GPUS, demand(short=1.0))
+    assert len(of_kind(steps, StepKind.DRAIN)) == 2  # a fifth of twelve
+    going = tuple(replace(i, state=DRAINING) if i.instance_id in ("a02", "a04") else i for i in there)
+    assert of_kind(next_steps(wanted, going, GPUS, demand(short=1.0)), StepKind.DRAIN) == []
+
+
 def test_a_pool_change_waits_for_capacity_like_a_drain() -> None:
     there = (actual("a", "all", 0, 0, 8), actual("b", "all", 1, 0, 8))
     wanted = Layout((planned("a", "short", 0, 0, 8), planned("b", "long", 1, 0, 8)))
