@@ -84,11 +84,12 @@ class SweepSettings:
 
 @dataclass(frozen=True, slots=True)
 class SweepPlan:
-    """What to measure. `clocks_mhz` ascends and ends with the full clock."""
+    """What to measure. `clocks_mhz` ascends, ends with the full clock and lies on the GPU's own grid (15 MHz on an
+    H100), so that what is asked for is what is enforced."""
 
     groups: tuple[ClassGroup, ...] = DEFAULT_GROUPS
     tps: tuple[int, ...] = (2, 4, 8)
-    clocks_mhz: tuple[int, ...] = (800, 1000, 1200, 1400, 1700, 1980)
+    clocks_mhz: tuple[int, ...] = (795, 1005, 1200, 1395, 1695, 1980)
     slo: Slo = field(default_factory=Slo)
     scheme: ClassScheme = field(default_factory=ClassScheme)
     settings: SweepSettings = field(default_factory=SweepSettings)

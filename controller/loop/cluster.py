@@ -25,14 +25,13 @@ from controller.loop.planning import (
     result_json,
     say_counts,
     solver_report,
-    started,
     transition_pending,
     wanted_counts,
 )
 from controller.loop.state import PendingSolve, PoolPlan, State, Turn, plan_json
 from controller.policy.milp.fallback import fall_back
 from controller.policy.milp.problem import PlanSolution
-from controller.policy.stabilise import StabiliseSettings, judge, price
+from controller.policy.stabilise import StabiliseSettings, judge, price, starts_needed
 
 SCOPE = "cluster"
 
@@ -79,7 +78,7 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
         verdict = judge(
             present,
             candidate,
-            started(state.layout.counts(), counts),
+            starts_needed(state.layout.counts(), counts),
             problem.start_j,
             problem.horizon_s,
             now.monotonic_s - state.layout_changed_s,

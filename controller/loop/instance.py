@@ -7,8 +7,9 @@ sets clocks, and it never shrinks capacity on its own: drains and stops only car
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from controller.domain.classes import ALL_CLASSES, RequestClass
+from controller.domain.classes import ALL_CLASSES, ClassGroup, RequestClass
 from controller.domain.reasons import Level, Reason
 from controller.fleet.port import (
     ApplyClocks,
@@ -22,8 +23,8 @@ from controller.fleet.port import (
     StartInstance,
     StopInstance,
 )
-from controller.loop.planning import drop_from_layout, lay_out
-from controller.loop.state import ActingStep, ChosenClock, Turn, rates_json
+from controller.loop.planning import drop_from_layout, lay_out, say_counts
+from controller.loop.state import ActingStep, ChosenClock, PoolPlan, Turn, plan_json, rates_json
 from controller.policy.frequency import ClockChoice, InstanceLoad, choose_clock
 from controller.policy.routing import RoutableInstance, pools_for, routed_pools
 from controller.policy.transition import (
@@ -33,6 +34,7 @@ from controller.policy.transition import (
     StepKind,
     TransitionSettings,
     next_steps,
+    standing_layout,
 )
 
 # States in which an instance may still have work and so needs a chosen clock.
@@ -65,6 +67,9 @@ def reconcile(turn: Turn) -> None:
         # harm first: the alternative is to stay on it for ever.
         allow_shortfall=state.layout_forced,
     )
+    if transition.stuck:
+        _stand_still(turn, actual)
+        return
     if transition.given_up:
         drop_from_layout(state, transition.given_up)
         lay_out(state, turn.now)
@@ -81,6 +86,33 @@ def reconcile(turn: Turn) -> None:
                 starting += 1
             _act(turn, step)
     _publish(turn, before)
+
+
+def _stand_still(turn: Turn, actual: tuple[ActualInstance, ...]) -> None:
+    """There is no way to the wanted layout that is worth the gap: what is there is wanted from now on."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    aimed = say_counts(state.layout.counts())
+    state.layout = standing_layout(state.layout, actual, state.settings.model)
+    state.layout_forced = False
+    counts = state.layout.counts()
+    for name in sorted({pool for pool, _ in counts} | set(state.pools)):
+        by_tp = {tp: n for (pool, tp), n in counts.items() if pool == name}
+        used = sum(tp * n for tp, n in by_tp.items())
+        plan = state.pools.get(name)
+        if plan is not None:
+            state.pools[name] = replace(plan, counts=by_tp, granted_gpus=max(plan.granted_gpus, used))
+        elif any(group.name == name for group in state.profile.groups):
+            group = state.profile.group(name)
+            state.pools[name] = PoolPlan(group, used, by_tp, 0.0, state.decision_numbers + 1, now_s)
+    turn.decide(
+        Level.CLUSTER,
+        "cluster",
+        "stuck",
+        Reason.NO_ROOM_TO_SWITCH,
+        f"No way to {aimed} carries the load; {say_counts(counts)} stays.",
+        inputs={"aimed": aimed, "profile": state.profile_checksum},
+        outcome={"accepted": True, "plan": plan_json(state)},
+    )
 
 
 def _actual(turn: Turn) -> tuple[ActualInstance, ...]:
@@ -104,7 +136,6 @@ def _actual(turn: Turn) -> tuple[ActualInstance, ...]:
 def _capacity(turn: Turn, rates: Mapping[RequestClass, float] | None) -> CapacityModel:
     """What must be carried while the layout changes: the load now, or what was planned for while it is unknown."""
     state = turn.state
-    groups = [plan.group for plan in state.pools.values()]
     demand = rates if rates is not None else state.settings.initial_rps
     return CapacityModel(
         rates_rps=demand,
@@ -115,10 +146,17 @@ def _capacity(turn: Turn, rates: Mapping[RequestClass, float] | None) -> Capacit
         },
         work={
             (group.name, request_class): state.profile.request_weight(group.name, request_class)
-            for group in groups
+            for group in _groups(turn)
             for request_class in sorted(group.classes)
         },
     )
+
+
+def _groups(turn: Turn) -> tuple[ClassGroup, ...]:
+    """The planned pools, and those of an earlier partition that instances still serve."""
+    state = turn.state
+    names = set(state.pools) | {state.pool_of(instance) for _, instance in state.instances().values()}
+    return tuple(group for group in state.profile.groups if group.name in names)
 
 
 def _act(turn: Turn, step: Step) -> None:
@@ -166,9 +204,7 @@ def _publish(turn: Turn, position: int) -> None:
     ]
     if not serving and state.routing is None:
         return  # nothing to route to yet; gateways keep what an earlier controller gave them
-    pools = routed_pools(
-        state.fit, state.settings.model, tuple(plan.group for plan in state.pools.values()), tuple(serving)
-    )
+    pools = routed_pools(state.fit, state.settings.model, _groups(turn), tuple(serving))
     if state.routing is not None and state.routing.pools == pools:
         return
     version = state.routing.version + 1 if state.routing else 1

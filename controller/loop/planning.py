@@ -16,10 +16,11 @@ from controller.loop.state import Instant, State
 from controller.policy.forecast import ForecastSettings, LoadWindow, RateForecast, combine, forecast
 from controller.policy.milp.problem import PartitionResult, PlanProblem, PlanSolution, PoolDemand
 from controller.policy.placement import HeldInstance, Placed, place
-from controller.policy.stabilise import price
+from controller.policy.stabilise import price, starts_needed
 
 # Spread assumed around a configured initial load, for which nothing was measured yet.
 _COLD_STD_RATIO = 0.2
+_GONE = frozenset({InstanceState.STOPPED, InstanceState.FAILED, InstanceState.QUARANTINED})
 _KEPT_STATES = frozenset({InstanceState.STARTING, InstanceState.WARMING, InstanceState.READY})
 
 
@@ -124,6 +125,13 @@ def build_problem(
         for pools in partitions
     )
     named = {pool for pools in partitions for pool in pools}
+    current = {key: n for key, n in state.layout.counts().items() if key[0] in named}
+    # Where the present layout is too small, what it has must not first make room for what would be better.
+    carries = all(
+        price(state.fit, current, {demand.pool: demand.rate_rps for demand in asked}, gpus).carries
+        for asked in demands
+        if {demand.pool for demand in asked} <= {pool for pool, _ in current}
+    )
     return PlanProblem(
         problem_id=problem_id,
         gpus=gpus,
@@ -132,7 +140,8 @@ def build_problem(
         horizon_s=horizon_s,
         partitions=demands,
         columns=tuple(column for column in state.columns if column.pool in named),
-        current={key: n for key, n in state.layout.counts().items() if key[0] in named},
+        current=current,
+        keep_current=not carries,
         start_j={tp: state.start_j(tp) for tp in state.profile.tps},
     )
 
@@ -159,6 +168,7 @@ def problem_json(problem: PlanProblem) -> Json:
             for partition in problem.partitions
         ],
         "current": counts_json(problem.current),
+        "keep_current": problem.keep_current,
         "start_j": {str(tp): round(joules, 3) for tp, joules in sorted(problem.start_j.items())},
         "columns": len(problem.columns),
     }
@@ -211,35 +221,25 @@ def reachable(state: State, now: Instant, counts: Mapping[tuple[str, int], int],
     """
     held = sum(held.tp for held in _held(state, now))
     present = state.layout.counts()
-    new = sum(tp * n for tp, n in started(present, counts).items())
+    new = sum(tp * n for tp, n in starts_needed(present, counts).items())
     if held + new <= state.usable_gpus(now.monotonic_s):
         return True
     kept = {key: min(n, present.get(key, 0)) for key, n in counts.items()}
     return price(state.fit, kept, demand, state.usable_gpus(now.monotonic_s)).carries
 
 
-def started(current: Mapping[tuple[str, int], int], wanted: Mapping[tuple[str, int], int]) -> dict[int, int]:
-    """Instances by tp that `wanted` has beyond `current`; one that only changes its pool is not started."""
-    have: dict[int, int] = {}
-    need: dict[int, int] = {}
-    for (_, tp), n in current.items():
-        have[tp] = have.get(tp, 0) + n
-    for (_, tp), n in wanted.items():
-        need[tp] = need.get(tp, 0) + n
-    return {tp: n - have.get(tp, 0) for tp, n in sorted(need.items()) if n > have.get(tp, 0)}
-
-
-def transition_pending(state: State) -> bool:
-    """True while what is there is not yet what is wanted."""
+def transition_pending(state: State, pool: str | None = None) -> bool:
+    """True while what is there is not yet what is wanted: of one pool, or of the whole cluster."""
     wanted = state.layout.by_id()
     ready = set()
     for _, instance in state.instances().values():
-        if instance.instance_id in wanted:
-            if instance.state is InstanceState.READY:
-                ready.add(instance.instance_id)
-        elif instance.state not in (InstanceState.STOPPED, InstanceState.FAILED, InstanceState.QUARANTINED):
-            return True
-    return ready != set(wanted)
+        planned = wanted.get(instance.instance_id)
+        if planned is None:
+            if instance.state not in _GONE and pool in (None, state.pool_of(instance)):
+                return True
+        elif instance.state is InstanceState.READY and state.pool_of(instance) == planned.pool:
+            ready.add(instance.instance_id)
+    return any(i.instance_id not in ready for i in wanted.values() if pool in (None, i.pool))
 
 
 def margin(load_ratio: float) -> float | None:

@@ -23,14 +23,13 @@ from controller.loop.planning import (
     result_json,
     say_counts,
     solver_report,
-    started,
     transition_pending,
     wanted_counts,
 )
 from controller.loop.state import PendingSolve, Turn, plan_json
 from controller.policy.milp.fallback import fall_back
 from controller.policy.milp.problem import PlanSolution
-from controller.policy.stabilise import StabiliseSettings, judge, price
+from controller.policy.stabilise import StabiliseSettings, judge, price, starts_needed
 
 
 def tick(turn: Turn, pool: str, trigger: str) -> None:
@@ -65,11 +64,11 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
     verdict = judge(
         present,
         candidate,
-        started(problem.current, counts),
+        starts_needed(problem.current, counts),
         problem.start_j,
         problem.horizon_s,
         now.monotonic_s - state.layout_changed_s,
-        pending=transition_pending(state),
+        pending=transition_pending(state, pool),
         settings=StabiliseSettings(dwell_s=state.settings.min_dwell_s),
     )
     reason, sentence, accept = verdict.reason, verdict.sentence, verdict.accept

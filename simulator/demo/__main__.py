@@ -45,7 +45,7 @@ def demo(
     ] = DEFAULT_MINUTES,
     u: Annotated[
         float, typer.Option("--u", min=0.05, max=1.0, help="Mean load as a share of what the static fleet can serve.")
-    ] = 0.5,
+    ] = 0.6,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random in the load.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     folder: Annotated[

@@ -181,7 +181,6 @@ def begin(
         front.end_s = inf
         rest(now_s, instance, rates)
         return
-    instance.runs += 1
     rate = rates[instance.cost_row]
     base = cost[instance.cost_row, tokens]
     if instance.prefilling > 0:

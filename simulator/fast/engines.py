@@ -109,7 +109,7 @@ class FastEngines:
         self.results["queue_s"] = self.results["preempted"] = 0
         self.results["instance"] = self.results["pool"] = NONE
         self.gaps: NDArray[np.int64] = np.zeros((layout.GAP_BINS, CLASSES), np.int64)
-        # GPU-seconds and joules of instances that are gone, by account.
+        # Joules of instances that are gone, by account.
         self._gone_j: NDArray[np.float64] = np.zeros(layout.ACCOUNTS)
         self._tables = CostTables(physics, chunk_tokens)
         self._pools: dict[str, int] = {}
@@ -333,11 +333,6 @@ class FastEngines:
     def refused(self) -> int:
         """Requests that found the queue full, or that no KV cache could hold."""
         return int(self._fleet["refused"][0])
-
-    @property
-    def runs(self) -> int:
-        """Scheduled runs of the instances that are there: what the kernels' time is spent on."""
-        return int(self._instances["runs"].sum())
 
     # --------------------------------------------------------------------------------------------- memory
 

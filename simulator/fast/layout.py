@@ -93,7 +93,6 @@ INSTANCE = np.dtype(
         ("head", "i8"),
         ("tail", "i8"),
         ("joins", "i8"),
-        ("runs", "i8"),
         ("preemptions", "i8"),
         ("energy_j", "f8", (ACCOUNTS,)),
         ("by_class", "i8", (CLASSES,)),  # decoding sequences

@@ -90,6 +90,12 @@ def test_a_batch_beyond_the_largest_waits_alike():
     compare(slow, serve_fast(PHYSICS["base"], 4, trace_of(load)))
 
 
+def test_a_legacy_engine_leaves_its_floor_in_the_middle_of_a_run():
+    """Eighty sequences on TP4 take 28 ms per step with about 1,800 tokens of context each; less before, more after."""
+    load = [(0.0, 1_750 + number % 7, 600) for number in range(80)]
+    compare(serve_one(PHYSICS["base+legacy"], 4, trace_of(load)), serve_fast(PHYSICS["base+legacy"], 4, trace_of(load)))
+
+
 @pytest.mark.parametrize("kind", ["conv", "code"])
 def test_half_an_hour_of_traffic_under_changing_clocks_is_the_same(kind):
     trace = generate(kind, 600.0, 3.0, seed=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from math import inf
 
 import numpy as np
@@ -28,6 +29,7 @@ from controller.fleet.port import (
     StopInstance,
     Tick,
 )
+from controller.gateway.classify import REMEMBERED_REQUESTS, Classifier
 from controller.loop.core import Core, Step
 from controller.loop.settings import Knobs, LoopSettings
 from controller.loop.state import Instant
@@ -111,7 +113,7 @@ def assert_same(slow: FleetResult, fast: FastResult) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "rate_rps", "seconds", "knobs"),
-    [("conv", 5.0, 60.0, None), ("conv", 13.0, 60.0, None), ("code", 9.0, 60.0, None), ("conv", 5.0, 40.0, STATIC)],
+    [("conv", 5.0, 40.0, None), ("conv", 13.0, 40.0, None), ("code", 9.0, 40.0, None), ("conv", 5.0, 20.0, STATIC)],
     ids=["light", "overload", "bursts", "static"],
 )
 def test_the_whole_loop_decides_and_serves_as_over_the_reference(kind, rate_rps, seconds, knobs):
@@ -168,7 +170,7 @@ SCRIPT: dict[float, list[Effect]] = {
     # A lock that runs out at 12 s, by itself; and one of half the GPUs, which slows the whole instance.
     8.0: [
         ApplyClocks("c1", "node-0", (ClockTarget(gpus(0, 4, 4), 1200),), 4.0, ""),
-        ApplyClocks("c2", "node-1", (ClockTarget(gpus(1, 0, 2), 800),), 60.0, ""),
+        ApplyClocks("c2", "node-1", (ClockTarget(gpus(1, 0, 2), 800), ClockTarget(gpus(1, 2, 1), 1605)), 60.0, ""),
     ],
     11.0: [
         routing(2, short={"a": (3, 4.0, False), "b": (4, 4.0, True), "d": (2, 1.0, True)}, long={"c": (20, 8.0, True)}),
@@ -242,13 +244,13 @@ def test_the_window_opens_after_the_warm_up_and_closes_with_the_last_arrival():
 
 
 def test_no_gpu_ever_has_two_owners():
-    for seen in serve_fast(generate("conv", 60.0, 9.0, seed=1)).observations:
+    for seen in serve_fast(generate("conv", 30.0, 9.0, seed=1)).observations:
         held = [uuid for i in seen.instances if i.state is not InstanceState.STOPPED for uuid in i.gpu_uuids]
         assert len(held) == len(set(held)) <= 8
 
 
 def test_seeing_the_fleet_once_per_tick_decides_as_seeing_it_all_the_time():
-    trace = generate("conv", 60.0, 5.0, seed=1)
+    trace = generate("conv", 25.0, 5.0, seed=1)
     often, seldom = serve_fast(trace), serve_fast(trace, sparse=True)
     # With the ticks of the test one second apart, both see the same.
     assert decided(often) == decided(seldom)
@@ -288,6 +290,28 @@ def test_drawing_two_instead_of_looking_at_all_costs_little_energy_and_some_late
     assert drawn[0] == pytest.approx(exact[0], rel=0.01)
     assert drawn[1] == pytest.approx(exact[1], rel=0.05)
     assert exact[2] < drawn[2] < 1.4 * exact[2]
+
+
+def test_classes_are_dealt_as_the_gateways_classifier_deals_them():
+    """Also once its experience is halved; one request is done before the next comes, so that the order is plain."""
+    count = 3 * REMEMBERED_REQUESTS
+    mix = generate("conv", 100.0, count / 100.0, seed=6)
+    trace = Trace("spread", 1000.0 * count, 1000.0 * np.arange(count), mix.input_tokens, mix.output_tokens)
+    classifier = Classifier()
+    dealt: Counter[RequestClass] = Counter()
+    for request in trace:
+        dealt[classifier.classify(request.input_tokens).load] += 1
+        classifier.observe(request.input_tokens, request.output_tokens)
+    engines = static_engines(PHYSICS, trace, 1)
+    engines.finish()
+    counters = engines.counters()
+    assert {name: row.arrived for name, row in counters.items() if row.arrived} == dealt
+    scheme = classifier.scheme
+    true = Counter(scheme.classify(*tokens) for _, *tokens in trace)
+    assert {name: row.completed for name, row in counters.items() if row.completed} == true
+    assert sum(row.input_tokens for row in counters.values()) == trace.input_tokens.sum()
+    assert sum(row.output_tokens for row in counters.values()) == trace.output_tokens.sum()
+    assert sum(row.in_slo for row in counters.values()) == count, "every request had the instance to itself"
 
 
 def test_instances_take_load_by_their_weights():
