@@ -71,6 +71,7 @@ class ServedRequest:
     ttft_s: float | None = None
     tbt_s: float | None = None
     finished_s: float | None = None
+    refused: bool = False  # the engine cannot hold it: a clear error, counted as a miss
 
 
 @dataclass(slots=True)
@@ -136,7 +137,7 @@ class VirtualFleet:
         return self._result
 
     def _open(self) -> bool:
-        return any(request.finished_s is None for request in self._requests.values())
+        return any(request.finished_s is None and not request.refused for request in self._requests.values())
 
     def _at(self, at_s: float, kind: str, data: Any) -> None:
         heapq.heappush(self._heap, (at_s, next(self._order), kind, data))
@@ -273,7 +274,14 @@ class VirtualFleet:
             served = self._requests[queued.request_id]
             served.queue_s = self._now_s - served.arrival_s
             served.pool = self._dispatcher.pool_of(queued.request_id) or ""
-            instance.engine.add(queued.request_id, served.input_tokens, served.output_tokens, self._now_s)
+            try:
+                instance.engine.add(queued.request_id, served.input_tokens, served.output_tokens, self._now_s)
+            except ValueError:
+                served.refused = True
+                self._dispatcher.complete(queued.request_id)
+                scheme = self._core.state.profile.scheme
+                self._meter.failed(self._model, scheme.classify(served.input_tokens, served.output_tokens))
+                continue
             if instance.iteration is None:
                 self._begin(node, instance)
             elif node.cut(instance, self._now_s):

@@ -15,7 +15,7 @@ from controller.loop.core import Core
 from controller.loop.settings import Knobs, LoopSettings
 from simulator.fleet import FleetResult, FleetTimes, VirtualFleet
 from simulator.physics import Physics
-from simulator.traces import generate
+from simulator.traces import Request, generate
 from tests.synthetic_profile import MODEL, synthetic_profile
 
 START_S = 8.0
@@ -116,3 +116,12 @@ def test_locks_slow_the_engines_down() -> None:
         return sum(gaps) / len(gaps)
 
     assert mean_tbt_s(steered) > 1.02 * mean_tbt_s(static)
+
+
+def test_a_request_that_no_engine_can_hold_is_refused_and_the_rest_is_served() -> None:
+    settings = LoopSettings(model=MODEL, instance_s=1, lease_ttl_s=4, rpc_deadline_s=0.5, knobs=STATIC)
+    core = Core(settings, synthetic_profile(), term=1, expected_nodes=1)
+    requests = [Request(0.0, 500, 20), Request(0.1, 2_000_000, 20), Request(0.2, 500, 20)]
+    result = VirtualFleet(core, Physics.load(), 1, FleetTimes(start_s=3.5)).run(requests, start_s=START_S)
+    assert [request.refused for request in result.requests] == [False, True, False]
+    assert [request.finished_s is not None for request in result.requests] == [True, False, True]
