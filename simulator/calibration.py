@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -209,19 +210,26 @@ def _sweep(
     found: dict[tuple[str, int], list[OperatingPoint]] = {}
     clock = SystemClock()
     began_s = clock.monotonic_s()
-    # Spawned, not forked: the caller may be a program with threads.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    # Spawned, not forked: the caller may be a program with threads. Ctrl-C ends a worker at once: what it measured is
+    # on disk.
+    ends_at_once = (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ends_at_once) as pool:
         jobs = {
             pool.submit(_sweep_one, physics, plan, samples, folder / f"{group}-tp{tp}.jsonl", group, tp): (group, tp)
             for group, tp in kinds
         }
-        for job in as_completed(jobs):
-            found[jobs[job]] = job.result()
-            if progress is not None:
-                group, tp = jobs[job]
-                total = sum(len(points) for points in found.values())
-                left_s = remaining_s(clock.monotonic_s() - began_s, len(found), len(kinds))
-                progress(Progress(len(found), len(kinds), total, f"{group} TP{tp}", left_s))
+        try:
+            for job in as_completed(jobs):
+                found[jobs[job]] = job.result()
+                if progress is not None:
+                    group, tp = jobs[job]
+                    total = sum(len(points) for points in found.values())
+                    left_s = remaining_s(clock.monotonic_s() - began_s, len(found), len(kinds))
+                    progress(Progress(len(found), len(kinds), total, f"{group} TP{tp}", left_s))
+        except BaseException:
+            # Parts that have not begun must not keep the caller waiting.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [point for kind in kinds for point in found[kind]]
 
 

@@ -34,6 +34,8 @@ from simulator.traces import Request
 START_S = 4.0
 # The virtual load begins when the layout stands, as the demonstration waits for it.
 LAID_OUT_S = 8.0
+# The median of fewer requests hangs on which of them happened to meet: some milliseconds decide that.
+LEAST_REQUESTS = 25
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def _first_layout(decisions: list[Decision]) -> dict[str, int]:
 def _latencies(rows: list[tuple[Bucket, float, float]], profile: Profile) -> dict[str, object]:
     by_bucket = {bucket: [ttft for b, ttft, _ in rows if b == bucket] for bucket in Bucket}
     return {
-        "ttft_p50_ms": {bucket: float(np.median(values)) for bucket, values in by_bucket.items() if values},
+        "ttft_p50_ms": {
+            b: float(np.median(values)) for b, values in by_bucket.items() if len(values) >= LEAST_REQUESTS
+        },
         "tbt_p50_ms": float(np.median([tbt for _, _, tbt in rows])),
         "in_slo": float(np.mean([profile.slo.met(bucket, ttft, tbt) for bucket, ttft, tbt in rows])),
     }

@@ -195,17 +195,20 @@ def _without_forecast(turn: Turn, trigger: str, gpus: int, known: bool) -> None:
         )
         return
     cold = not state.pools
-    pool = state.settings.partitions[0][0]
     tp = state.settings.widest_tp
+    fixed = state.settings.fixed
+    # A pool manager that may reshard has cut the pool's GPUs anew since: its counts stay.
+    resharded = state.pools if fixed and state.settings.knobs.sharding else {}
     state.pools = {
         pool: PoolPlan(
             group=state.profile.group(pool),
-            granted_gpus=gpus,
-            counts={tp: gpus // tp},
+            granted_gpus=tp * n if fixed else gpus,
+            counts=resharded[pool].counts if pool in resharded else {tp: n},
             demand_rps=0.0,
             decided_by=state.decision_numbers + 1,
             decided_at_s=now.monotonic_s,
         )
+        for pool, n in (fixed or {state.settings.partitions[0][0]: gpus // tp}).items()
     }
     placed = lay_out(state, now)
     turn.decide(

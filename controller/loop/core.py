@@ -57,12 +57,13 @@ class Core:
         plan: PlanRecord | None = None,
     ) -> None:
         """`plan` is the one recorded last: a restarted controller carries on from it."""
-        curves = fit(profile)
         knobs = settings.knobs
+        # A fleet without locks is planned and priced at full clock, also where a lower one would draw less.
+        curves = fit(profile) if knobs.clocks else fit(profile).at_clock(profile.full_mhz)
         columns = tuple(
             column
             for column in build_columns(curves, [group.name for group in profile.groups])
-            if (knobs.sharding or column.tp == settings.widest_tp) and (knobs.clocks or column.mhz == profile.full_mhz)
+            if knobs.sharding or column.tp == settings.widest_tp
         )
         self.state = State(
             settings=settings,

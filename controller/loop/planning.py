@@ -119,7 +119,11 @@ def build_problem(
     partitions = tuple(partitions)
     demands = tuple(
         tuple(
-            PoolDemand(pool, demand.pool_rps(state, pool, settings.quantile) / settings.fill, settings.min_instances)
+            PoolDemand(
+                pool,
+                demand.pool_rps(state, pool, settings.quantile) / settings.fill,
+                settings.fixed.get(pool, settings.min_instances),
+            )
             for pool in pools
         )
         for pools in partitions

@@ -35,7 +35,8 @@ from controller.policy.stabilise import StabiliseSettings, judge, price, starts_
 def tick(turn: Turn, pool: str, trigger: str) -> None:
     """Asks for the pool's plan; the answer comes to `on_solution`. Nothing to do for a static fleet."""
     state, now = turn.state, turn.now
-    if not state.settings.knobs.instances or any(pending.pool == pool for pending in state.solving.values()):
+    may_plan = state.settings.knobs.instances or (state.settings.knobs.sharding and bool(state.settings.fixed))
+    if not may_plan or any(pending.pool == pool for pending in state.solving.values()):
         return
     demand = expected_demand(state, now, state.settings.pool_s)
     if demand is None:

@@ -51,6 +51,10 @@ class LoopSettings:
     groups: tuple[ClassGroup, ...] = DEFAULT_GROUPS
     partitions: tuple[tuple[str, ...], ...] = DEFAULT_PARTITIONS
     min_instances: int = 1
+    # For a fleet whose instances do not scale (`knobs.instances` off): instances of the widest tensor parallelism by
+    # pool. With `knobs.sharding` a pool may cut the same GPUs into more instances, or make them narrower, never fewer.
+    # Empty: one pool over every GPU, as SinglePool.
+    fixed: Mapping[str, int] = field(default_factory=dict)
     knobs: Knobs = field(default_factory=Knobs)
 
     def __post_init__(self) -> None:

@@ -99,6 +99,11 @@ class ProfileFit:
         """One GPU without a context."""
         return self.profile.parked_w
 
+    def at_clock(self, mhz: int) -> ProfileFit:
+        """The same of a fleet that runs at one clock alone."""
+        by_instance = {key: tuple(c for c in clocks if c.mhz == mhz) for key, clocks in self.by_instance.items()}
+        return replace(self, curves={k: c for k, c in self.curves.items() if c.mhz == mhz}, by_instance=by_instance)
+
 
 def fit(profile: Profile, safety_margin: float = SAFETY_MARGIN) -> ProfileFit:
     """Builds the curves; points may come in any order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from common.errors import UserError, exit_on_user_error
 from common.logs import configure_logs
+from simulator.demo.fleet import free_ports
 from simulator.demo.load import read_trace
 from simulator.demo.prepare import prepare
 from simulator.demo.run import Options, run
@@ -65,10 +67,9 @@ def demo(
         console = Console(highlight=False, width=PLAIN_WIDTH)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"{json_file}: its folder does not exist.", "Make it, or name another file with --json.")
-    replayed = read_trace(trace) if trace is not None else None
-    prepared = prepare(physics, replayed, console)
+    free_ports(1, port)
     options = Options(
-        trace=replayed,
+        trace=read_trace(trace) if trace is not None else None,
         u=u,
         seed=seed,
         physics=physics,
@@ -80,8 +81,8 @@ def demo(
         gateway_port=port,
     )
     try:
-        run(options, prepared, console)
-    except KeyboardInterrupt:
+        run(options, prepare(physics, options.trace, console), console)
+    except (KeyboardInterrupt, asyncio.CancelledError):
         console.print("Stopped; no process was left behind.")
         raise SystemExit(EXIT_INTERRUPTED) from None
 

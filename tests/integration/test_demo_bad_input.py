@@ -13,6 +13,9 @@ import pytest
 
 from tests.demo_run import prepared
 
+# The first test may have to measure the profile.
+pytestmark = pytest.mark.timeout(300)
+
 ROOT = Path(__file__).parents[2]
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 

@@ -57,9 +57,10 @@ def test_static_fleet_spends_the_same_energy(static: tuple[World, World]) -> Non
 def test_static_fleet_is_as_fast(static: tuple[World, World]) -> None:
     measured, computed = static
     assert computed.tbt_p50_ms == pytest.approx(measured.tbt_p50_ms, rel=0.05)
+    assert computed.ttft_p50_ms.keys() == measured.ttft_p50_ms.keys() != set()
     for bucket, ttft_ms in computed.ttft_p50_ms.items():
         # The real way through client and gateway adds some milliseconds, on a busy machine more.
-        assert ttft_ms - 5 <= measured.ttft_p50_ms[bucket] <= 1.25 * ttft_ms + 25
+        assert 0.7 * ttft_ms - 5 <= measured.ttft_p50_ms[bucket] <= 1.3 * ttft_ms + 25
 
 
 def test_the_same_first_decision(controlled: tuple[World, World], static: tuple[World, World]) -> None:
