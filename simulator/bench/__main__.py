@@ -13,7 +13,7 @@ from rich.table import Table
 from common.errors import UserError, exit_on_user_error
 from simulator.bench.metric import Metric, report
 
-MODULES = {"simulator": "simulator.bench.twin"}
+MODULES = {"simulator": "simulator.bench.twin", "ledger": "simulator.bench.study"}
 
 app = typer.Typer(add_completion=False)
 
