@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -174,13 +175,14 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., tuple[ProcessLauncher, Pr
 
     def launch(code: str, token: str = "t") -> tuple[ProcessLauncher, ProcessId]:
         argv = (sys.executable, "-c", code)
-        process = launcher.start(Launch("i", token, argv, {"EXTRA": "1"}, tmp_path / "logs" / "i.log"))
+        launch = Launch("i", token, argv, {"EXTRA": "1"}, tmp_path / "logs" / "i.log")
+        process = asyncio.run(launcher.start(launch))
         started.append(process)
         return launcher, process
 
     yield launch
     for process in started:
-        launcher.kill(process)
+        asyncio.run(launcher.kill(process))
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -202,11 +204,11 @@ class TestProcesses:
     def test_the_end_is_noticed_and_told(self, launched: Callable[..., tuple[ProcessLauncher, ProcessId]]) -> None:
         launcher, process = launched("import sys; sys.exit(3)")
         until(lambda: not launcher.alive(process))
-        assert launcher.exit_text(process) == "exit code 3"
+        assert asyncio.run(launcher.exit_text(process)) == "exit code 3"
         launcher, process = launched(SLEEP)
         os.kill(process.pid, signal.SIGKILL)
         until(lambda: not launcher.alive(process))
-        assert launcher.exit_text(process) == "killed by SIGKILL"
+        assert asyncio.run(launcher.exit_text(process)) == "killed by SIGKILL"
 
     def test_workers_that_outlive_their_leader_are_found_and_killed(
         self, launched: Callable[..., tuple[ProcessLauncher, ProcessId]]
@@ -217,7 +219,7 @@ class TestProcesses:
         until(lambda: not launcher.alive(process))
         (worker,) = launcher.members(process)
         assert worker != process.pid
-        launcher.kill(process)
+        asyncio.run(launcher.kill(process))
         until(lambda: not launcher.members(process))
 
     def test_another_agent_finds_it_by_pid_and_start_or_by_token(
@@ -226,9 +228,9 @@ class TestProcesses:
         _, process = launched(SLEEP, token="only-this-one")
         heir = ProcessLauncher()
         assert heir.alive(process)
-        until(lambda: heir.find("only-this-one") == process)  # not before the child has become the engine
-        assert heir.find("another") is None
-        heir.terminate(process)
+        until(lambda: asyncio.run(heir.find("i", "only-this-one")) == process)  # once it has become the engine
+        assert asyncio.run(heir.find("i", "another")) is None
+        asyncio.run(heir.terminate(process))
         until(lambda: not heir.alive(process))
 
     def test_a_pid_that_was_given_away_again_is_a_stranger(self) -> None:
@@ -237,8 +239,8 @@ class TestProcesses:
             mistaken = ProcessId(stranger.pid, 1.0)
             assert not launcher.alive(mistaken)
             assert launcher.members(mistaken) == frozenset()
-            launcher.terminate(mistaken)
-            launcher.kill(mistaken)
+            asyncio.run(launcher.terminate(mistaken))
+            asyncio.run(launcher.kill(mistaken))
             time.sleep(0.1)
             assert psutil.Process(stranger.pid).status() != psutil.STATUS_ZOMBIE
             stranger.kill()
@@ -246,4 +248,4 @@ class TestProcesses:
     def test_a_missing_program_is_named(self, tmp_path: Path) -> None:
         launch = Launch("i", "t", ("no-such-engine", "serve"), {}, tmp_path / "i.log")
         with pytest.raises(LaunchFailed, match=r"no-such-engine.*engine\.command"):
-            ProcessLauncher().start(launch)
+            asyncio.run(ProcessLauncher().start(launch))

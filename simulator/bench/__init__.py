@@ -1,0 +1,1 @@
+"""Benchmarks: each a module with `measure`, run by name with `scripts/bench NAME --json`."""
