@@ -1,8 +1,8 @@
 """Who changed what and why, refused attempts included: one JSON object a line, for people and log collectors.
 
-A line is written before the answer leaves, so it survives the death of the agent; it is synced to the disk at most
-a second later by the daemon's loop, off the path of requests. Syncing each line would add a disk's delay to every
-renewal, and nothing rests on these lines after a power failure: what must be restored stands in the journal.
+What was done is written before its answer leaves (a refusal: right after), so it survives the death of the agent. It
+is synced to the disk at most a second later, off the path of requests: syncing each line would add a disk's delay to
+every renewal, and nothing rests on these lines after a power failure; what must be restored stands in the journal.
 """
 
 from __future__ import annotations

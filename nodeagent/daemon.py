@@ -207,7 +207,8 @@ class _Daemon:
             lambda: controls.last_beat_s: STUCK_AFTER_S,
             lambda: instances.last_beat_s: STUCK_AFTER_S,
             lambda: sampler.last_beat_s: STUCK_AFTER_S + config.telemetry.interval_s,
-            lambda: guard.last_beat_s: STUCK_AFTER_S,
+            # A trip waits for a GPU that hangs, at most for two of its calls.
+            lambda: guard.last_beat_s: STUCK_AFTER_S + 2 * config.gpu.call_deadline_s,
         }
         loops = [
             self._loop("lease expiry", controls.run()),

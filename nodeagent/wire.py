@@ -65,7 +65,7 @@ def _setting_from(control: pb.ControlRequest) -> Setting:
         return PowerLimit(control.power_limit.limit_w, control.power_limit.protects)
     if which == "memory_clock_lock":
         return MemoryClockLock(control.memory_clock_lock.min_mhz, control.memory_clock_lock.max_mhz)
-    raise Invalid(f"control for {control.gpu_uuid!r} has neither clock_lock, memory_clock_lock nor power_limit")
+    raise Invalid(f"control for {control.gpu_uuid!r} has neither clock_lock nor power_limit nor memory_clock_lock")
 
 
 def control_to(uuid: str, setting: Setting) -> pb.ControlRequest:

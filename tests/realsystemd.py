@@ -53,9 +53,6 @@ mount -t tmpfs -o size=512m tmpfs "$base"
 mkdir "$base/upper" "$base/work" "$base/root"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$base/upper,workdir=$base/work" "$base/root"
 root=$base/root
-for folder in "$@"; do # what lies on file systems of its own
-  mkdir -p "$root$folder"; mount --rbind "$folder" "$root$folder"
-done
 mount -t proc proc "$root/proc"
 mount --bind "$root/proc/sys" "$root/proc/sys"
 mount -o remount,bind,ro "$root/proc/sys"
@@ -63,6 +60,9 @@ mount -t sysfs -o ro sysfs "$root/sys"
 mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
 mount --rbind /dev "$root/dev"
 for folder in run tmp var/log; do mount -t tmpfs tmpfs "$root/$folder"; done
+for folder in "$@"; do # what the overlay does not show: file systems of their own, and what lies in /tmp
+  mkdir -p "$root$folder"; mount --rbind "$folder" "$root$folder"
+done
 mkdir -p "$root/run/lock" "$root/srv/test"
 mount --bind "$shared" "$root/srv/test"
 echo node-0 >"$root/etc/hostname"

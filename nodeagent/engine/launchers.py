@@ -31,6 +31,6 @@ async def open_launcher(config: EngineConfig) -> Launcher:
 def wants_systemd(config: EngineConfig, environment: Mapping[str, str]) -> bool:
     """Whether engines become units."""
     if config.launcher == "auto":
-        # Set for whatever systemd starts; the folder is there where it is the init system.
-        return "INVOCATION_ID" in environment and Path("/run/systemd/system").is_dir()
+        # As a Type=notify service of the init system. A terminal may have INVOCATION_ID, but nobody to notify.
+        return {"INVOCATION_ID", "NOTIFY_SOCKET"} <= set(environment) and Path("/run/systemd/system").is_dir()
     return config.launcher == "systemd"

@@ -96,6 +96,9 @@ class Steps:
         argv = command_line(record.spec, record.port, self._config)
         env = environment(record.spec, self._config)
         launch = Launch(instance_id, record.token, argv, env, Path(record.log_path))
+        # A restart that is rolled back must not overwrite why its new layout failed.
+        with suppress(OSError):
+            launch.log_path.replace(launch.log_path.with_suffix(".log.1"))
         try:
             process = await self._launcher.start(launch)
         except LaunchFailed as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,18 @@ def test_systemd_knows_every_key(tmp_path: Path, unit: Path) -> None:
 def test_the_exposure_stays_low(unit: Path, threshold: int) -> None:
     checked = analyze("security", "--offline=true", f"--threshold={threshold}", "--no-pager", str(unit))
     assert checked.returncode == 0, checked.stdout
+
+
+def pins(name: str) -> dict[str, str]:
+    return dict(re.findall(r"^([a-z0-9-]+)==([^ ;\\]+)", (TOP / name).read_text(), re.MULTILINE))
+
+
+def test_a_node_gets_the_tested_versions_of_what_it_needs() -> None:
+    node, tested = pins("requirements-node.lock"), pins("requirements-dev.lock")
+    project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[<>=\[ ]", line)[0] for line in project["dependencies"]}
+    assert needed <= set(node)
+    assert {name: tested.get(name) for name in node} == node
 
 
 class TestInstaller:

@@ -172,6 +172,8 @@ def test_a_layout_that_does_not_come_up_is_rolled_back(tmp_path: Path, trouble: 
         assert begun.transaction_id in back.detail
         assert gpus_of(back, host) == [0]
         assert back.pid != first.pid
+        if trouble == "dies":  # why is still there to be read
+            assert "told to die" in (host.state_dir / "logs" / "a.log.1").read_text()
         assert len(on_gpu(host, 0)) == 1
         assert on_gpu(host, 1) <= {os.getpid()}
 

@@ -144,6 +144,7 @@ def test_every_change_and_every_refusal_is_written_down(host: NodeHost, authorit
     with channel(host, authority, authority.issue("viewer")) as opened, refused(DENIED):
         rpc.NodeAgentStub(opened).ApplyControls(lock_request(host), timeout=10)
     host.stub.ListControls(pb.ListControlsRequest(), timeout=10)  # looking is not written down
+    until(lambda: len(audit(host)) >= before + 3)  # a refusal is written right after its answer
     done, malformed, denied = audit(host)[before:]
     assert done["who"] == "unix socket as 'x'"
     assert done["why"] == "trying things out"

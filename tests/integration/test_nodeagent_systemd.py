@@ -5,134 +5,37 @@ The emulated GPUs live outside, so their clocks can be looked at whatever happen
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
-import grpc
-import psutil
 import pytest
 
-from common.config_sample import to_toml
 from dynamollm.v1 import node_agent_pb2 as pb
-from dynamollm.v1 import node_agent_pb2_grpc as rpc
 from dynamollm.v1 import types_pb2 as types
-from nodeagent.config import NodeAgentConfig
-from simulator.host.nvml.build import ensure_library
-from simulator.host.nvml.state import STATE_VARIABLE, HostState
 from tests.nodehost import MODEL, until
-from tests.realsystemd import Machine, missing
+from tests.realsystemd import missing
+from tests.systemdnode import AGENT, GPUS, INSTALL, SOCKET, TOP, Node, installed
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"no machine with systemd: it {missing()}")
 
-TOP = Path(__file__).parents[2]
-AGENT = "dynamollm-nodeagent.service"
-SOCKET = "/run/dynamollm/nodeagent.sock"
 READY, FAILED, STOPPED = (
     types.INSTANCE_STATE_READY,
     types.INSTANCE_STATE_FAILED,
     types.INSTANCE_STATE_STOPPED,
 )
-GPUS = 4
-
-
-class Node:
-    """A machine with the agent installed, and its GPUs."""
-
-    def __init__(self, machine: Machine, gpus: HostState) -> None:
-        self.machine = machine
-        self.gpus = gpus
-        self._ids = itertools.count()
-
-    @property
-    def stub(self) -> rpc.NodeAgentStub:
-        return rpc.NodeAgentStub(grpc.insecure_channel(f"unix:{self.machine.path(SOCKET)}"))
-
-    def request(self) -> dict[str, object]:
-        return {"request_id": f"{os.getpid()}-{next(self._ids)}", "term": 1, "reason": "test"}
-
-    def locks(self) -> list[tuple[int, int] | None]:
-        # Not `observe`: it would take processes of the other pid namespace for dead and drop them.
-        return [self.gpus.lock(index) for index in range(GPUS)]
-
-    def lock(self, mhz: int = 990) -> None:
-        lease = types.Lease(
-            owner=types.Owner(kind=types.OWNER_KIND_CONTROLLER, name="ctl"), reason="test", ttl_s=100, term=1
-        )
-        lock = pb.ClockLock(min_mhz=mhz, max_mhz=mhz)
-        controls = [pb.ControlRequest(gpu_uuid=uuid, clock_lock=lock) for uuid in self.gpus.uuids]
-        request = pb.ApplyControlsRequest(request_id=str(next(self._ids)), lease=lease, controls=controls)
-        results = self.stub.ApplyControls(request, timeout=10).results
-        assert all(result.code == pb.CONTROL_CODE_APPLIED for result in results), results
-        assert self.locks() == [(mhz, mhz)] * GPUS
-
-    def main_pid(self) -> int:
-        return int(self.machine.show(AGENT, "MainPID"))
-
-    def outside(self, pid: int) -> int:
-        """The pid by which this host knows a process of the machine."""
-        for process in psutil.Process(self.machine.pid).children(recursive=True):
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            if next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1] == str(pid):
-                return process.pid
-        raise AssertionError(f"no process {pid} in the machine")
-
-    def serves(self, other_than: int = 0) -> bool:
-        return (
-            self.machine.show(AGENT, "ActiveState") == "active"
-            and self.main_pid() != other_than
-            and Path(self.machine.path(SOCKET)).exists()
-        )
-
-    def launch(self, name: str, gpus: Sequence[int]) -> None:
-        spec = types.InstanceSpec(instance_id=name, model=MODEL, gpu_uuids=[self.gpus.uuids[gpu] for gpu in gpus])
-        self.stub.StartInstance(pb.StartInstanceRequest(**self.request(), spec=spec), timeout=30)
-
-    def instance(self, name: str) -> types.Instance:
-        listed = self.stub.ListInstances(pb.ListInstancesRequest(), timeout=10).instances
-        return next(instance for instance in listed if instance.spec.instance_id == name)
-
-    def wait_state(self, name: str, state: int) -> types.Instance:
-        until(lambda: self.instance(name).state == state, 40, lambda: f"{self.instance(name)}{self.journal()}")
-        return self.instance(name)
-
-    def journal(self) -> str:
-        return self.machine.journal(AGENT)
+ODD = """a  "b" 'c' $d ${HOME} \\ \\\\n `e` %i %% # é ;"""
 
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    shared = tmp_path_factory.mktemp("systemd")
-    gpus = HostState.create(shared / "gpus", GPUS)
-    seen = {
-        STATE_VARIABLE: "/srv/test/gpus",
-        "LD_LIBRARY_PATH": str(ensure_library()),
-        "PYTHONPATH": f"{TOP}:{TOP}/proto",
-        "DYNAMOLLM_EMULATED_START_S": "0.3",
+    engine = {
+        # A word and a variable that systemd reads twice on their way to the engine.
+        "command": ["/usr/bin/env", f"ODD_WORD={ODD}", sys.executable, "-m", "simulator.host.vllm"],
+        "env": {"PYTHONPATH": f"{TOP}:{TOP}/proto", "ODD_VALUE": ODD},
     }
-    engine = {"command": [sys.executable, "-m", "simulator.host.vllm"], "env": seen, "drain_interval_s": 0.05}
-    config = NodeAgentConfig.model_validate({"node_id": "node-0", "engine": engine})
-    # What a drop-in would do on a real host for its own folders.
-    environment = "".join(f"Environment={name}={value}\n" for name, value in seen.items() if name != "PYTHONPATH")
-    site = f"[Service]\n{environment}ReadWritePaths=/srv/test\n"
-    (shared / "agent.conf").write_text(f"{site}WatchdogSec=3\n")
-    (shared / "engine.conf").write_text("[Service]\nReadWritePaths=/srv/test\nUser=root\nGroup=root\n")
-    (shared / "nodeagent.toml").write_text(to_toml(config, comments=False))
-    own = tuple(path for path in (TOP, Path(sys.prefix)) if path.stat().st_dev != Path("/").stat().st_dev)
-    with Machine(shared, own) as machine:
-        machine.run("mkdir", "-p", "/etc/dynamollm")
-        machine.run("cp", "/srv/test/nodeagent.toml", "/etc/dynamollm/nodeagent.toml")
-        for name, source in ((AGENT, "agent.conf"), ("dynamollm-vllm@.service", "engine.conf")):
-            machine.run("mkdir", "-p", f"/etc/systemd/system/{name}.d")
-            machine.run("cp", f"/srv/test/{source}", f"/etc/systemd/system/{name}.d/site.conf")
-        node = Node(machine, gpus)
-        done = machine.run(
-            "env", f"PYTHON={sys.executable}", str(TOP / "scripts" / "install-node"), "install", "--linked", check=False
-        )
-        assert done.returncode == 0, f"{done.stdout}{done.stderr}{node.journal()}"
+    with installed(tmp_path_factory.mktemp("systemd"), engine) as node:
         yield node
 
 
@@ -179,6 +82,8 @@ def test_engines_are_units_that_outlive_the_agent(node: Node) -> None:
     assert node.machine.run("ps", "-o", "ppid=", "-p", str(first.pid)).stdout.strip() == "1"
     command = node.machine.run("cat", f"/proc/{first.pid}/cmdline").stdout.split("\0")
     assert command[:5] == [sys.executable, "-m", "simulator.host.vllm", "serve", MODEL]
+    variables = node.machine.run("cat", f"/proc/{first.pid}/environ").stdout.split("\0")
+    assert {f"ODD_WORD={ODD}", f"ODD_VALUE={ODD}"} <= set(variables)
     for way in (("restart",), ("kill", "--kill-whom=main", "-s", "KILL")):
         before = node.main_pid()
         node.machine.run("systemctl", *way, AGENT)
@@ -213,16 +118,15 @@ def test_an_engine_unit_that_dies_is_told_with_its_cause(node: Node) -> None:
 
 def test_it_is_upgraded_under_running_engines_and_removed_only_without(node: Node) -> None:
     pid, agent = node.wait_state("c", READY).pid, node.main_pid()
-    install = ("env", f"PYTHON={sys.executable}", str(TOP / "scripts" / "install-node"))
-    assert "kept    /etc/dynamollm/nodeagent.toml" in node.machine.run(*install, "install", "--linked").stdout
+    assert "kept    /etc/dynamollm/nodeagent.toml" in node.machine.run(*INSTALL, "install", "--linked").stdout
     assert node.main_pid() != agent
     assert node.wait_state("c", READY).pid == pid
-    refused = node.machine.run(*install, "remove", check=False)
+    refused = node.machine.run(*INSTALL, "remove", check=False)
     assert refused.returncode == 1
     assert "dynamollm-vllm@c.service" in refused.stderr
     assert node.serves()
     node.lock()
-    node.machine.run(*install, "remove", "--force", "--purge")
+    node.machine.run(*INSTALL, "remove", "--force", "--purge")
     assert node.locks() == [None] * GPUS
     left = node.machine.run(
         "find", "/etc", "/usr/lib", "/usr/bin", "/usr/share", "/var/lib", "/run",

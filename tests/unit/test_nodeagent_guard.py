@@ -332,3 +332,16 @@ async def test_clocks_and_the_floor_do_not_disturb_each_other(node: Node) -> Non
     await node.after(11.0)
     assert node.driver.gpus[0].lock_mhz is None
     assert node.limits_w() == [350.0, 300.0]
+
+
+@pytest.mark.parametrize("step_s", [3600.0, -3600.0])
+async def test_a_step_of_the_wall_clock_moves_no_lease_and_trips_no_floor(node: Node, step_s: float) -> None:
+    await node.guard.set_rules(NOTHING, WattsFloor(enabled=True, limit_w=350.0, heartbeat_age_s=30.0), "test", "test")
+    await node.lock(ttl_s=20.0)
+    node.clock.wall_at_zero_s += step_s
+    await node.after(19.9)
+    await node.guard.tick()
+    assert node.driver.gpus[0].lock_mhz == (990, 990)
+    assert not node.guard.state.tripped
+    await node.after(0.2)
+    assert node.driver.gpus[0].lock_mhz is None
