@@ -106,13 +106,13 @@ def test_no_engine_with_work_is_put_to_sleep(host: NodeHost) -> None:
         host.sleep("a")
     host.drained("a")
     answers: list[int] = []
-    client = threading.Thread(target=lambda: answers.append(complete(endpoint, 150)))
+    client = threading.Thread(target=lambda: answers.append(complete(endpoint, 600)))
     client.start()  # one who did not hear of the drain
     until(lambda: "num_requests_running" in (page := httpx.get(f"{endpoint}/metrics").text) and "} 1.0" in page)
     with refused(PRECONDITION, "got new work after its drain"):
         host.sleep("a")
     client.join(30)
-    assert answers == [150]
+    assert answers == [600]
     assert host.instance("a").state == DRAINING
 
 
