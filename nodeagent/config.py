@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from common.config import ConfigModel
 
@@ -45,10 +45,17 @@ class ListenConfig(ConfigModel):
         description="Unix socket, created with mode 0660. Empty: none. At most 100 characters (a kernel limit).",
     )
     unix_group: str = Field(default="", description="Group that may use the socket. Empty: the agent's own group.")
+    tls_cert: str = Field(default="", description="The agent's certificate for tcp, PEM. Renewals are taken up live.")
+    tls_key: str = Field(default="", description="Its private key, PEM.")
+    tls_client_ca: str = Field(
+        default="", description="Authority whose client certificates are let in, PEM. What each may do: [security]."
+    )
     tcp: str = Field(
         default="",
-        description="HOST:PORT on the loopback interface; port 0 takes a free one, see <state_dir>/listen. Empty: off.",
+        description="HOST:PORT; beyond the loopback interface only with TLS. Port 0 takes a free one, see "
+        "<state_dir>/listen. Empty: off.",
     )
+    reflection: bool = Field(default=True, description="Let tools such as grpcurl ask for the API's definition.")
 
     @field_validator("unix_socket")
     @classmethod
@@ -61,16 +68,66 @@ class ListenConfig(ConfigModel):
 
     @field_validator("tcp")
     @classmethod
-    def _tcp(cls, value: str) -> str:
-        if value and not is_loopback(split_address(value)[0]):
+    def _tcp(cls, value: str, info: ValidationInfo) -> str:
+        if value and not is_loopback(split_address(value)[0]) and not info.data.get("tls_cert"):
             raise ValueError(f"{value} is not a loopback address; without TLS the API is served on this machine only")
         return value
+
+    @property
+    def tls(self) -> bool:
+        """Whether tcp is served over mutual TLS."""
+        return bool(self.tls_cert)
+
+    @model_validator(mode="after")
+    def _secure(self) -> ListenConfig:
+        given = [bool(value) for value in (self.tls_cert, self.tls_key, self.tls_client_ca)]
+        if any(given) and not all(given):
+            raise ValueError("tls_cert, tls_key and tls_client_ca belong together; set all of them or none")
+        return self
 
     @model_validator(mode="after")
     def _somewhere(self) -> ListenConfig:
         if not self.unix_socket and not self.tcp:
             raise ValueError("neither unix_socket nor tcp is set; nobody could reach the agent")
         return self
+
+
+ScopeName = Literal["none", "read", "control", "admin"]
+
+
+class SecurityConfig(ConfigModel):
+    """Who may do what. The unix socket may do everything; its mode and group guard it."""
+
+    scopes: dict[str, ScopeName] = Field(
+        default={},
+        description="Scope by the name (CN) or alternative name (URI, DNS) of a client certificate: `read` looks, "
+        "`control` is for controllers, `admin` for operators.",
+    )
+    default_scope: ScopeName = Field(
+        default="none", description="Scope of a certificate of our authority that is not listed."
+    )
+    loopback_scope: ScopeName = Field(
+        default="control", description="Scope of TCP callers on this machine where TLS is off: any local user."
+    )
+    audit_file: str = Field(
+        default="", description="Every change and refused attempt, a JSON object a line. Empty: <state_dir>/audit.log."
+    )
+    audit_max_mib: int = Field(default=64, ge=1, le=10240, description="Size at which a new file begins; one is kept.")
+
+
+class GuardConfig(ConfigModel):
+    """The node's own emergency rules. The rules themselves come by SetGuard and are kept in the state directory."""
+
+    trigger_file: str = Field(
+        default="", description="While this file exists the watts floor trips, for scripts of a UPS or PDU. Empty: off."
+    )
+
+    @field_validator("trigger_file")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        if value and not value.startswith("/"):
+            raise ValueError("must be an absolute path")
+        return value
 
 
 class GpuConfig(ConfigModel):
@@ -85,12 +142,16 @@ class GpuConfig(ConfigModel):
     recovery_interval_s: float = Field(
         default=2.0, gt=0, le=600, description="How often a lost GPU is looked for again."
     )
+    facts_interval_s: float = Field(
+        default=10.0, gt=0, le=3600, description="How often MIG and persistence mode are read again."
+    )
 
 
 class ControlsConfig(ConfigModel):
     """What may be changed on a GPU, and for how long at most without a renewal."""
 
     clock_lock: bool = Field(default=True, description="Allow locking SM clocks. Safe state: unlocked.")
+    memory_clock_lock: bool = Field(default=True, description="Allow locking memory clocks. Safe state: unlocked.")
     power_limit: bool = Field(
         default=True, description="Allow power limits. Safe state: the limit found before the first write."
     )
@@ -124,6 +185,11 @@ class TelemetryConfig(ConfigModel):
 class EngineConfig(ConfigModel):
     """How engine instances are started, watched and stopped."""
 
+    launcher: Literal["auto", "process", "systemd"] = Field(
+        default="auto",
+        description="`systemd` runs every engine as a unit dynamollm-vllm@ID.service, `process` as a plain process; "
+        "`auto` takes systemd when the agent itself is one of its services.",
+    )
     command: tuple[str, ...] = Field(
         default=("vllm",),
         min_length=1,
@@ -158,6 +224,11 @@ class EngineConfig(ConfigModel):
         description="Consecutive scrapes without running or waiting requests that prove a drain.",
     )
     drain_interval_s: float = Field(default=0.2, gt=0, le=10, description="Pause between these scrapes.")
+    drain_deadline_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="How long a restart waits for its drain unless the caller says otherwise; work left then is lost.",
+    )
     stop_timeout_s: float = Field(
         default=30.0, gt=0, description="From SIGTERM to SIGKILL of the engine's process group."
     )
@@ -168,6 +239,26 @@ class EngineConfig(ConfigModel):
     )
     gpu_free_memory_mib: int = Field(
         default=1024, ge=1, description="A GPU counts as free when no process is on it and less than this is in use."
+    )
+    read_ahead_gib: float = Field(
+        default=512.0,
+        ge=0,
+        description="Weight files of a model in model_paths are read into the page cache while a restart drains: this "
+        "much at most, and half of the free memory. 0: not at all.",
+    )
+    sleep_mode: bool = Field(
+        default=False,
+        description="Start engines so that they can be put to sleep (--enable-sleep-mode, VLLM_SERVER_DEV_MODE=1). "
+        "Their HTTP API then has administrative calls: let only the gateway and this agent reach it.",
+    )
+    sleep_timeout_s: float = Field(default=120.0, gt=0, description="How long falling asleep or waking up may take.")
+    sleep_host_memory_gib: float = Field(
+        default=0.0,
+        ge=0,
+        description="Host memory for the weights of all sleeping engines together. 0: what is free, less the reserve.",
+    )
+    sleep_host_reserve_gib: float = Field(
+        default=16.0, ge=0, description="Host memory that a sleeping engine must leave free."
     )
     keep_finished: int = Field(default=32, ge=0, le=1000, description="How many ended instances stay listed.")
 
@@ -212,6 +303,8 @@ class NodeAgentConfig(ConfigModel):
         description="Journal, leadership term, instance records. One agent owns it; it must survive a reboot.",
     )
     listen: ListenConfig = ListenConfig()
+    security: SecurityConfig = SecurityConfig()
+    guard: GuardConfig = GuardConfig()
     gpu: GpuConfig = GpuConfig()
     controls: ControlsConfig = ControlsConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -25,20 +25,24 @@ from common.clock import Clock, SystemClock
 from common.errors import EXIT_ALREADY_RUNNING, EXIT_UNAVAILABLE, UserError
 from common.logs import get_logger
 from dynamollm.v1 import node_agent_pb2, node_agent_pb2_grpc
+from nodeagent.audit import AuditLog
 from nodeagent.config import ListenConfig, NodeAgentConfig, split_address
+from nodeagent.control.caps import recover_caps
 from nodeagent.control.controls import Controls
 from nodeagent.control.fence import Fence
+from nodeagent.control.guard import Guard
 from nodeagent.control.recovery import nothing_left, recover_journal
 from nodeagent.control.settings import ControlKey
 from nodeagent.engine.instances import Instances
-from nodeagent.engine.process import ProcessLauncher
+from nodeagent.engine.launchers import open_launcher
 from nodeagent.engine.records import Records
-from nodeagent.engine.vllm import VllmClient
+from nodeagent.engine.vllm import EngineReading, VllmClient
 from nodeagent.files import StateLock, ensure_directory, write_durably
 from nodeagent.gpu.driver import DriverUnavailable, GpuDriver, GpuError
 from nodeagent.gpu.inventory import Inventory
 from nodeagent.gpu.nvml import NvmlDriver
 from nodeagent.host import HostFacts, host_facts
+from nodeagent.security import MAX_CALLS, MAX_REQUEST_BYTES, Gate, server_credentials
 from nodeagent.service import NodeAgentService
 from nodeagent.telemetry.metrics import AgentMetrics, SampleCollector
 from nodeagent.telemetry.sampler import Sampler
@@ -47,6 +51,9 @@ from nodeagent.telemetry.stream import SampleStream
 log = get_logger(__name__)
 
 JOURNAL_FILE = "journal.json"
+CAPS_FILE = "caps.json"
+GUARD_FILE = "guard.json"
+AUDIT_FILE = "audit.log"
 TERM_FILE = "term.json"
 LISTEN_FILE = "listen"
 SERVICE = node_agent_pb2.DESCRIPTOR.services_by_name["NodeAgent"].full_name
@@ -86,9 +93,10 @@ async def open_controls(config: NodeAgentConfig, driver: GpuDriver, host: HostFa
     metrics = AgentMetrics(registry)
     inventory = Inventory(driver, config.gpu.call_deadline_s)
     await inventory.open()
-    journal = recover_journal(config.state_dir / JOURNAL_FILE, host.boot_id, inventory, clock)
     fence = Fence(config.state_dir / TERM_FILE, clock)
-    controls = Controls(inventory, journal, fence, clock, config.controls, metrics)
+    caps = await recover_caps(config.state_dir / CAPS_FILE, host.boot_id, inventory, clock)
+    journal = recover_journal(config.state_dir / JOURNAL_FILE, host.boot_id, inventory, clock, caps.found_w())
+    controls = Controls(inventory, journal, caps, fence, clock, config.controls, metrics)
     return Controlled(inventory, controls, fence, metrics, registry)
 
 
@@ -147,7 +155,7 @@ class _Daemon:
         ensure_directory(config.engine_log_dir)
         client = VllmClient()
         records = Records(config.instance_dir, self._clock)
-        launcher = ProcessLauncher()
+        launcher = await open_launcher(config.engine)
         instances = Instances(
             parts.inventory, launcher, client, records, self._clock, self._host.boot_id, config, parts.metrics
         )
@@ -156,15 +164,37 @@ class _Daemon:
         parts.registry.register(SampleCollector(lambda: stream.latest, lambda: len(controls.unrestored())))
         capabilities = ["instances"]
         capabilities += ["clock_lock"] if config.controls.clock_lock else []
-        capabilities += ["power_limit"] if config.controls.power_limit else []
-        service = NodeAgentService(
-            config.node_name, self._host, parts.inventory, controls, parts.fence, instances, stream, capabilities
+        capabilities += ["memory_clock_lock"] if config.controls.memory_clock_lock else []
+        capabilities += ["power_limit", "guard"] if config.controls.power_limit else ["guard"]
+        audit_file = Path(config.security.audit_file) if config.security.audit_file else config.state_dir / AUDIT_FILE
+        audit = AuditLog(
+            audit_file, self._clock, config.security.audit_max_mib * 1024 * 1024, parts.metrics.audit_lost.inc
         )
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        guard = Guard(
+            config.state_dir / GUARD_FILE,
+            controls,
+            parts.fence,
+            parts.inventory,
+            lambda: _look_at_engines(instances, config.telemetry.scrape_timeout_s),
+            self._clock,
+            parts.metrics,
+            audit,
+            config.guard.trigger_file,
+        )
+        await guard.start()
+        service = NodeAgentService(
+            config.node_name, self._host, parts.inventory, controls, parts.fence, instances, stream, capabilities, guard
+        )
+        server = grpc.aio.server(
+            interceptors=[Gate(config.security, audit, parts.metrics)],
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", MAX_REQUEST_BYTES)],
+            maximum_concurrent_rpcs=MAX_CALLS,
+        )
         node_agent_pb2_grpc.add_NodeAgentServicer_to_server(service, server)
         status = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        if config.listen.reflection:
+            reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         addresses = bind(server, config.listen)
         metrics_address = serve_metrics(config.metrics.listen, parts.registry)
         addresses |= {"metrics": metrics_address} if metrics_address else {}
@@ -177,12 +207,20 @@ class _Daemon:
             lambda: controls.last_beat_s: STUCK_AFTER_S,
             lambda: instances.last_beat_s: STUCK_AFTER_S,
             lambda: sampler.last_beat_s: STUCK_AFTER_S + config.telemetry.interval_s,
+            # A trip waits for a GPU that hangs, at most for two of its calls.
+            lambda: guard.last_beat_s: STUCK_AFTER_S + 2 * config.gpu.call_deadline_s,
         }
         loops = [
             self._loop("lease expiry", controls.run()),
             self._loop("process watch", instances.run()),
             self._loop("sampling", sampler.run()),
-            self._loop("gpu recovery", parts.inventory.recover_forever(config.gpu.recovery_interval_s)),
+            self._loop("guard", guard.run()),
+            self._loop("slo boost", guard.watch_engines()),
+            self._loop("audit log", audit.run()),
+            self._loop(
+                "gpu recovery",
+                parts.inventory.recover_forever(config.gpu.recovery_interval_s, config.gpu.facts_interval_s),
+            ),
             self._loop("watchdog", self._watchdog(beats)),
         ]
         log.info("serving", node=config.node_name, gpus=len(parts.inventory.workers), **addresses)
@@ -203,6 +241,7 @@ class _Daemon:
         await instances.close()
         await client.close()
         parts.inventory.close()
+        audit.close()
         log.info("stopped", engines_left_running=sum(view.endpoint != "" for view in instances.views()))
         return 1 if left or self._broken else 0
 
@@ -229,6 +268,14 @@ class _Daemon:
             await asyncio.sleep(interval_s)
 
 
+async def _look_at_engines(
+    instances: Instances, timeout_s: float
+) -> dict[str, tuple[tuple[str, ...], EngineReading | None]]:
+    gpus = {view.record.spec.instance_id: view.record.spec.gpu_uuids for view in instances.views()}
+    samples = await instances.scrape(timeout_s)
+    return {sample.instance_id: (gpus.get(sample.instance_id, ()), sample.engine) for sample in samples}
+
+
 def bind(server: grpc.aio.Server, config: ListenConfig) -> dict[str, str]:
     """Binds the addresses and returns them as gRPC targets; UserError for one that cannot be had."""
     addresses: dict[str, str] = {}
@@ -251,7 +298,10 @@ def bind(server: grpc.aio.Server, config: ListenConfig) -> dict[str, str]:
     if config.tcp:
         host, port = split_address(config.tcp)
         try:
-            port = server.add_insecure_port(config.tcp)
+            if config.tls:
+                port = server.add_secure_port(config.tcp, server_credentials(config))
+            else:
+                port = server.add_insecure_port(config.tcp)
         except RuntimeError:
             raise UserError(
                 f"{config.tcp}: cannot listen there; the port is in use or the address is not this machine's.",

@@ -26,5 +26,9 @@ class Precondition(Refused):
     """Not in this state: an older term, a GPU in use, an undrained instance."""
 
 
+class Denied(Refused):
+    """The caller may not do this."""
+
+
 class Unavailable(Refused):
     """The agent is stopping, or could not write what must be on disk first."""

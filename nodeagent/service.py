@@ -20,11 +20,14 @@ from dynamollm.v1 import node_agent_pb2_grpc as rpc
 from nodeagent import wire
 from nodeagent.control.controls import Controls
 from nodeagent.control.fence import Fence
+from nodeagent.control.guard import Guard
+from nodeagent.control.leases import Owner, OwnerKind
 from nodeagent.engine.instances import Instances
-from nodeagent.errors import AlreadyExists, Invalid, NotFound, Precondition, Refused, Unavailable
+from nodeagent.errors import AlreadyExists, Denied, Invalid, NotFound, Precondition, Refused, Unavailable
 from nodeagent.gpu.inventory import Inventory
 from nodeagent.host import HostFacts
 from nodeagent.idempotency import RequestLog
+from nodeagent.security import Scope, caller, require
 from nodeagent.telemetry.stream import SampleStream
 
 log = get_logger(__name__)
@@ -36,6 +39,7 @@ _STATUS: dict[type[Refused], grpc.StatusCode] = {
     NotFound: grpc.StatusCode.NOT_FOUND,
     AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     Precondition: grpc.StatusCode.FAILED_PRECONDITION,
+    Denied: grpc.StatusCode.PERMISSION_DENIED,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
 }
 
@@ -53,6 +57,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
         instances: Instances,
         stream: SampleStream,
         capabilities: list[str],
+        guard: Guard,
     ) -> None:
         self._node_id = node_id
         self._host = host
@@ -62,6 +67,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
         self._instances = instances
         self._stream = stream
         self._capabilities = capabilities
+        self._guard = guard
         self._requests = RequestLog()
 
     async def GetNode(self, request: pb.GetNodeRequest, context: Context) -> pb.GetNodeResponse:
@@ -82,7 +88,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
     async def ApplyControls(self, request: pb.ApplyControlsRequest, context: Context) -> pb.ApplyControlsResponse:
         async def work() -> pb.ApplyControlsResponse:
             lease = request.lease
-            owner, wishes = wire.owner_from(lease.owner), wire.wishes_from(request)
+            owner, wishes = _allowed(wire.owner_from(lease.owner)), wire.wishes_from(request)
             results = await self._controls.apply(owner, lease.reason, lease.ttl_s, lease.term, wishes)
             return pb.ApplyControlsResponse(results=[wire.result_to(result) for result in results])
 
@@ -90,7 +96,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
 
     async def ReleaseControls(self, request: pb.ReleaseControlsRequest, context: Context) -> pb.ReleaseControlsResponse:
         async def work() -> pb.ReleaseControlsResponse:
-            owner = wire.owner_from(request.owner)
+            owner = _allowed(wire.owner_from(request.owner))
             results = await self._controls.release(owner, request.term, list(request.gpu_uuids), request.reason)
             return pb.ReleaseControlsResponse(results=[wire.result_to(result) for result in results])
 
@@ -123,6 +129,63 @@ class NodeAgentService(rpc.NodeAgentServicer):
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))
 
+    async def RestartInstance(self, request: pb.RestartInstanceRequest, context: Context) -> pb.RestartInstanceResponse:
+        async def work() -> pb.RestartInstanceResponse:
+            self._fence.admit(request.term)
+            gpus = tuple(request.gpu_uuids)
+            view, transaction_id = await self._instances.restart(
+                request.instance_id, gpus, request.drain_deadline_s, request.reason
+            )
+            return pb.RestartInstanceResponse(instance=wire.instance_to(view), transaction_id=transaction_id)
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def SleepInstance(self, request: pb.SleepInstanceRequest, context: Context) -> pb.SleepInstanceResponse:
+        async def work() -> pb.SleepInstanceResponse:
+            self._fence.admit(request.term)
+            view = await self._instances.sleep(request.instance_id, request.reason)
+            return pb.SleepInstanceResponse(instance=wire.instance_to(view))
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def WakeInstance(self, request: pb.WakeInstanceRequest, context: Context) -> pb.WakeInstanceResponse:
+        async def work() -> pb.WakeInstanceResponse:
+            self._fence.admit(request.term)
+            view = await self._instances.wake(request.instance_id, request.reason)
+            return pb.WakeInstanceResponse(instance=wire.instance_to(view))
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def SetGuard(self, request: pb.SetGuardRequest, context: Context) -> pb.SetGuardResponse:
+        async def work() -> pb.SetGuardResponse:
+            if not request.reason:
+                raise Invalid("reason is empty; say why")
+            self._fence.admit(request.term)
+            await self._guard.set_rules(*wire.rules_from(request), caller.get().name, request.reason)
+            return pb.SetGuardResponse(status=self._guard_status())
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def GetGuard(self, request: pb.GetGuardRequest, context: Context) -> pb.GetGuardResponse:
+        return pb.GetGuardResponse(status=self._guard_status())
+
+    async def TripGuard(self, request: pb.TripGuardRequest, context: Context) -> pb.TripGuardResponse:
+        async def work() -> pb.TripGuardResponse:
+            if not request.reason:
+                raise Invalid("reason is empty; say why")
+            why = f"by {caller.get().name}: {request.reason}"
+            if request.trip:
+                await self._guard.trip(why)
+            else:
+                require(Scope.ADMIN, "lifting the watts floor")
+                await self._guard.lift(why)
+            return pb.TripGuardResponse(status=self._guard_status())
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    def _guard_status(self) -> pb.GuardStatus:
+        return wire.guard_to(self._guard.state, self._guard.boosting)
+
     async def ListInstances(self, request: pb.ListInstancesRequest, context: Context) -> pb.ListInstancesResponse:
         return pb.ListInstancesResponse(instances=[wire.instance_to(view) for view in self._instances.views()])
 
@@ -151,6 +214,12 @@ class NodeAgentService(rpc.NodeAgentServicer):
             memory_bytes=self._host.memory_bytes,
             capabilities=self._capabilities,
         )
+
+
+def _allowed(owner: Owner) -> Owner:
+    if owner.kind is OwnerKind.OPERATOR:
+        require(Scope.ADMIN, "acting as an operator")
+    return owner
 
 
 def _content(request: Message) -> bytes:

@@ -8,9 +8,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from dynamollm.v1 import node_agent_pb2 as pb
 from dynamollm.v1 import types_pb2 as types
+from nodeagent.control.guard_rules import GuardState, SloBoost, WattsFloor
 from nodeagent.control.leases import Lease, Owner, OwnerKind
 from nodeagent.control.results import Code, Result, Wish
-from nodeagent.control.settings import ClockLock, ControlKey, PowerLimit, Setting
+from nodeagent.control.settings import ClockLock, ControlKey, MemoryClockLock, PowerLimit, Setting
 from nodeagent.engine.feed import InstanceView
 from nodeagent.engine.lifecycle import State
 from nodeagent.engine.records import Spec
@@ -20,6 +21,7 @@ from nodeagent.gpu.driver import GpuHealth
 from nodeagent.gpu.worker import GpuWorker
 from nodeagent.telemetry.sample import GpuSample, InstanceSample, Sample
 
+MAX_REASON = 500
 MAX_CONTROLS = 256
 """Per batch; a host has a few dozen at most."""
 
@@ -50,6 +52,8 @@ def wishes_from(request: pb.ApplyControlsRequest) -> list[Wish]:
         raise Invalid(f"controls must hold 1 to {MAX_CONTROLS} entries, not {len(request.controls)}")
     if not request.lease.reason:
         raise Invalid("lease.reason is empty; say why")
+    if len(request.lease.reason) > MAX_REASON:
+        raise Invalid(f"lease.reason has {len(request.lease.reason)} characters; {MAX_REASON} are enough")
     return [Wish(control.gpu_uuid, _setting_from(control)) for control in request.controls]
 
 
@@ -58,15 +62,59 @@ def _setting_from(control: pb.ControlRequest) -> Setting:
     if which == "clock_lock":
         return ClockLock(control.clock_lock.min_mhz, control.clock_lock.max_mhz)
     if which == "power_limit":
-        return PowerLimit(control.power_limit.limit_w)
-    raise Invalid(f"control for {control.gpu_uuid!r} has neither clock_lock nor power_limit")
+        return PowerLimit(control.power_limit.limit_w, control.power_limit.protects)
+    if which == "memory_clock_lock":
+        return MemoryClockLock(control.memory_clock_lock.min_mhz, control.memory_clock_lock.max_mhz)
+    raise Invalid(f"control for {control.gpu_uuid!r} has neither clock_lock nor power_limit nor memory_clock_lock")
 
 
 def control_to(uuid: str, setting: Setting) -> pb.ControlRequest:
     if isinstance(setting, ClockLock):
         lock = pb.ClockLock(min_mhz=setting.min_mhz, max_mhz=setting.max_mhz)
         return pb.ControlRequest(gpu_uuid=uuid, clock_lock=lock)
-    return pb.ControlRequest(gpu_uuid=uuid, power_limit=pb.PowerLimit(limit_w=setting.limit_w))
+    if isinstance(setting, MemoryClockLock):
+        lock = pb.ClockLock(min_mhz=setting.min_mhz, max_mhz=setting.max_mhz)
+        return pb.ControlRequest(gpu_uuid=uuid, memory_clock_lock=lock)
+    limit = pb.PowerLimit(limit_w=setting.limit_w, protects=setting.protects)
+    return pb.ControlRequest(gpu_uuid=uuid, power_limit=limit)
+
+
+def rules_from(request: pb.SetGuardRequest) -> tuple[SloBoost, WattsFloor]:
+    """A rule that is left out is switched off. Whether the values make sense is for the guard to say."""
+    boost, floor = request.slo_boost, request.watts_floor
+    return (
+        SloBoost(
+            boost.enabled,
+            boost.max_waiting if boost.HasField("max_waiting") else None,
+            boost.max_ttft_p99_ms if boost.HasField("max_ttft_p99_ms") else None,
+            boost.max_token_gap_p99_ms if boost.HasField("max_token_gap_p99_ms") else None,
+            boost.hold_s,
+        ),
+        WattsFloor(floor.enabled, floor.limit_w, dict(floor.limit_w_by_gpu), floor.heartbeat_age_s),
+    )
+
+
+def guard_to(state: GuardState, boosting: bool) -> pb.GuardStatus:
+    boost, floor = state.slo_boost, state.watts_floor
+    return pb.GuardStatus(
+        slo_boost=pb.SloBoostRule(
+            enabled=boost.enabled,
+            max_waiting=boost.max_waiting,
+            max_ttft_p99_ms=boost.max_ttft_p99_ms,
+            max_token_gap_p99_ms=boost.max_token_gap_p99_ms,
+            hold_s=boost.hold_s,
+        ),
+        watts_floor=pb.WattsFloorRule(
+            enabled=floor.enabled,
+            limit_w=floor.limit_w,
+            limit_w_by_gpu=floor.limit_w_by_gpu,
+            heartbeat_age_s=floor.heartbeat_age_s,
+        ),
+        boosting=boosting,
+        floor_tripped=state.tripped,
+        last_act=state.last_act,
+        last_act_at=_timestamp(state.last_act_wall_s) if state.last_act else None,
+    )
 
 
 def result_to(result: Result) -> pb.ControlResult:
@@ -138,10 +186,9 @@ def gpu_to(worker: GpuWorker) -> pb.Gpu:
 
 
 def sample_to(node_id: str, sequence: int, sample: Sample) -> pb.WatchTelemetryResponse:
-    seconds = math.floor(sample.wall_s)
     return pb.WatchTelemetryResponse(
         node_id=node_id,
-        sampled_at=Timestamp(seconds=seconds, nanos=int((sample.wall_s - seconds) * 1e9)),
+        sampled_at=_timestamp(sample.wall_s),
         sequence=sequence,
         gpus=[_gpu_sample_to(gpu) for gpu in sample.gpus],
         instances=[_instance_sample_to(instance) for instance in sample.instances],
@@ -149,6 +196,11 @@ def sample_to(node_id: str, sequence: int, sample: Sample) -> pb.WatchTelemetryR
             cpu_utilization_ratio=sample.host.cpu_utilization_ratio, memory_used_ratio=sample.host.memory_used_ratio
         ),
     )
+
+
+def _timestamp(wall_s: float) -> Timestamp:
+    seconds = math.floor(wall_s)
+    return Timestamp(seconds=seconds, nanos=int((wall_s - seconds) * 1e9))
 
 
 def _gpu_sample_to(gpu: GpuSample) -> pb.GpuSample:

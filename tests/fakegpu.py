@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from nodeagent.gpu.driver import GpuFacts, GpuLost, GpuReading, GpuUse
 
 GRID_MHZ = tuple(range(210, 1981, 15))
+MEMORY_MHZ = (1593, 2619)
 
 
 @dataclass
@@ -21,6 +22,7 @@ class FakeGpu:
     uuid: str
     index: int
     lock_mhz: tuple[int, int] | None = None
+    memory_lock_mhz: tuple[int, int] | None = None
     limit_w: float = 650.0
     mig: bool = False
     power_w: float | None = 300.0
@@ -38,7 +40,9 @@ class FakeGpu:
 
     def facts(self) -> GpuFacts:
         self._answer()
-        return GpuFacts(self.uuid, self.index, "Fake H100", 80 << 30, GRID_MHZ, 200.0, 700.0, 700.0, self.mig, True, 0)
+        return GpuFacts(
+            self.uuid, self.index, "Fake H100", 80 << 30, GRID_MHZ, MEMORY_MHZ, 200.0, 700.0, 700.0, self.mig, True, 0
+        )
 
     def read(self) -> GpuReading:
         self._answer()
@@ -63,6 +67,18 @@ class FakeGpu:
             self.lock_mhz = None
 
         self._write("unlock", effect)
+
+    def lock_memory_clocks_mhz(self, min_mhz: int, max_mhz: int) -> None:
+        def effect() -> None:
+            self.memory_lock_mhz = (min_mhz, max_mhz)
+
+        self._write(f"lock memory {min_mhz}-{max_mhz}", effect)
+
+    def reset_memory_clocks(self) -> None:
+        def effect() -> None:
+            self.memory_lock_mhz = None
+
+        self._write("unlock memory", effect)
 
     def power_limit_w(self) -> float:
         self._answer()
@@ -95,10 +111,14 @@ class FakeDriver:
     """A host of fake GPUs."""
 
     def __init__(self, count: int = 2) -> None:
+        self.reloads = 0
         self.gpus = [FakeGpu(f"GPU-{index}", index) for index in range(count)]
 
     def version(self) -> str:
         return "fake-1"
+
+    def reload(self) -> None:
+        self.reloads += 1
 
     def count(self) -> int:
         return len(self.gpus)

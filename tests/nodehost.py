@@ -73,6 +73,7 @@ class NodeHost:
             "metrics": {"listen": "127.0.0.1:0"},
             "telemetry": {"interval_s": 0.25},
             "engine": {
+                "launcher": "process",
                 "command": list(engine),
                 "args": list(engine_args),
                 "drain_interval_s": 0.05,
@@ -202,6 +203,39 @@ class NodeHost:
             request_id=self.request_id(), term=term, instance_id=instance_id, force=force, reason="test"
         )
         return self.stub.StopInstance(request, timeout=10).instance
+
+    def restart(
+        self, instance_id: str, gpus: Sequence[int], drain_deadline_s: float = 0, term: int = 1
+    ) -> pb.RestartInstanceResponse:
+        """Asks for a restart on other GPUs; returns at once."""
+        request = pb.RestartInstanceRequest(
+            request_id=self.request_id(),
+            term=term,
+            instance_id=instance_id,
+            gpu_uuids=[self.uuids[gpu] for gpu in gpus],
+            drain_deadline_s=drain_deadline_s,
+            reason="test",
+        )
+        return self.stub.RestartInstance(request, timeout=10)
+
+    def sleep(self, instance_id: str, term: int = 1) -> types.Instance:
+        request = pb.SleepInstanceRequest(
+            request_id=self.request_id(), term=term, instance_id=instance_id, reason="test"
+        )
+        return self.stub.SleepInstance(request, timeout=10).instance
+
+    def wake(self, instance_id: str, term: int = 1) -> types.Instance:
+        request = pb.WakeInstanceRequest(
+            request_id=self.request_id(), term=term, instance_id=instance_id, reason="test"
+        )
+        return self.stub.WakeInstance(request, timeout=10).instance
+
+    def drained(self, instance_id: str) -> None:
+        """Drains it and waits for the proof."""
+        self.drain(instance_id)
+        until(
+            lambda: self.instance(instance_id).detail.startswith("drained"), 30, lambda: str(self.instance(instance_id))
+        )
 
     def instance(self, instance_id: str) -> types.Instance:
         """The instance as the agent lists it now."""

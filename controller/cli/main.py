@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from common.errors import EXIT_UNAVAILABLE, UserError, exit_on_user_error
+from controller.cli import node as node_commands
 from controller.cli.simulate import simulate
 from controller.domain.reasons import Level
 from dynamollm.v1 import controller_pb2 as pb
@@ -32,6 +33,7 @@ profile = typer.Typer(help="Energy-performance profiles.", no_args_is_help=True)
 for name, group in (("db", db), ("decision", decision), ("node", node), ("profile", profile)):
     app.add_typer(group, name=name)
 app.command()(simulate)
+node_commands.mount(node)
 
 console = Console()
 ControllerOption = Annotated[str, typer.Option("--controller", help="gRPC address of the controller.")]

@@ -24,6 +24,9 @@ class Fence:
         self._path = path
         self.term = 0
         self.holder = ""
+        self.heard_s = clock.monotonic_s()
+        """When a controller's request was last let through (at first: when this agent began)."""
+        self._clock = clock
         try:
             data = json.loads(path.read_bytes())
             self.term, self.holder = _checked(data)
@@ -48,6 +51,7 @@ class Fence:
             )
         if term == self.term:
             if not name or name == self.holder:
+                self.heard_s = self._clock.monotonic_s()
                 return
             if self.holder and holder_is_active:
                 raise Precondition(
@@ -61,6 +65,7 @@ class Fence:
         if term > self.term:
             log.info("new leadership term", term=term, holder=name, before=self.term)
         self.term, self.holder = term, name
+        self.heard_s = self._clock.monotonic_s()
 
 
 def _checked(data: object) -> tuple[int, str]:

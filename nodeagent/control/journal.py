@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from nodeagent.control.settings import ControlKey, ControlKind
 from nodeagent.files import write_durably
 
 VERSION = 1
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,46 +35,62 @@ class JournalUnreadable(Exception):
     """The file exists and cannot be trusted."""
 
 
-class Journal:
-    """The entries, in memory and on disk. Changes made at the same time share one write."""
+class DurableTable(Generic[K, V]):
+    """Entries in memory and on disk. Changes made at the same time share one write."""
 
-    def __init__(self, path: Path, boot_id: str, intents: Iterable[Intent] = ()) -> None:
-        self.entries: dict[ControlKey, Intent] = {intent.key: intent for intent in intents}
+    def __init__(self, path: Path, dump: Callable[[Iterable[V]], bytes], entries: Mapping[K, V]) -> None:
+        self.entries: dict[K, V] = dict(entries)
         """What the disk may hold. Read-only for others."""
         self._path = path
-        self._boot_id = boot_id
+        self._dump = dump
         self._writing = asyncio.Lock()
         self._wanted = 0
         self._durable = 0
 
-    async def add(self, intent: Intent) -> None:
-        """Returns once the entry is on disk. Raises OSError, and then has no entry."""
-        self.entries[intent.key] = intent
+    async def put(self, key: K, entry: V) -> None:
+        """Returns once the entry is on disk. Raises OSError, and then the table is as it was."""
+        before = self.entries.get(key)
+        self.entries[key] = entry
         try:
-            await self._commit()
+            await self.commit()
         except BaseException:
-            self.entries.pop(intent.key, None)
+            if before is None:
+                self.entries.pop(key, None)
+            else:
+                self.entries[key] = before
             raise
 
-    async def remove(self, key: ControlKey) -> None:
+    async def remove(self, key: K) -> None:
         """Returns once the entry is gone from disk. Raises OSError, and then the entry stays."""
-        intent = self.entries.pop(key)
+        entry = self.entries.pop(key)
         try:
-            await self._commit()
+            await self.commit()
         except BaseException:
-            self.entries[key] = intent
+            self.entries[key] = entry
             raise
 
-    async def _commit(self) -> None:
+    async def commit(self) -> None:
+        """Returns once the entries, as they are, are on disk. Raises OSError."""
         self._wanted += 1
         mine = self._wanted
         await asyncio.sleep(0)  # lets the other GPUs of a batch add theirs, so that eight cost one fsync
         async with self._writing:
             if self._durable >= mine:
                 return
-            upto, data = self._wanted, dump(self._boot_id, self.entries.values())
+            upto, data = self._wanted, self._dump(self.entries.values())
             await asyncio.to_thread(write_durably, self._path, data)
             self._durable = upto
+
+
+class Journal(DurableTable[ControlKey, Intent]):
+    """The controls that must be restored."""
+
+    def __init__(self, path: Path, boot_id: str, intents: Iterable[Intent] = ()) -> None:
+        super().__init__(path, lambda entries: dump(boot_id, entries), {intent.key: intent for intent in intents})
+
+    async def add(self, intent: Intent) -> None:
+        """Returns once the entry is on disk. Raises OSError, and then has no entry."""
+        await self.put(intent.key, intent)
 
 
 def dump(boot_id: str, intents: Iterable[Intent]) -> bytes:

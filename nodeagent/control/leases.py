@@ -47,9 +47,10 @@ class Lease:
 
 @dataclass(slots=True)
 class LeaseTable:
-    """At most one lease per control."""
+    """At most one lease per control, and pins: a stronger owner's word that a control stays in its safe state."""
 
     _leases: dict[ControlKey, Lease] = field(default_factory=dict)
+    _pins: dict[ControlKey, Lease] = field(default_factory=dict)
 
     def holder(self, key: ControlKey, now_s: float) -> Lease | None:
         """The live lease on a control."""
@@ -57,9 +58,20 @@ class LeaseTable:
         return lease if lease is not None and lease.live(now_s) else None
 
     def in_the_way(self, key: ControlKey, kind: OwnerKind, now_s: float) -> Lease | None:
-        """The live lease of a stronger owner, if one keeps `kind` from taking the control."""
-        lease = self.holder(key, now_s)
-        return lease if lease is not None and lease.owner.kind > kind else None
+        """The live lease or pin of a stronger owner, if one keeps `kind` from taking the control."""
+        for lease in (self._pins.get(key), self._leases.get(key)):
+            if lease is not None and lease.live(now_s) and lease.owner.kind > kind:
+                return lease
+        return None
+
+    def pin(self, key: ControlKey, lease: Lease) -> None:
+        """Keeps weaker owners off a control that is in its safe state, or on the way there."""
+        self._pins[key] = lease
+
+    def pins(self, now_s: float) -> dict[ControlKey, Lease]:
+        """All live pins; ended ones are forgotten."""
+        self._pins = {key: lease for key, lease in self._pins.items() if lease.live(now_s)}
+        return dict(self._pins)
 
     def grant(self, key: ControlKey, lease: Lease) -> None:
         """Replaces whatever lease there was; ask `in_the_way` first."""

@@ -7,14 +7,17 @@ before it serves, and by the `restore` command when the daemon is dead.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.clock import Clock
 from common.logs import get_logger
 from nodeagent.control.journal import Intent, Journal, JournalUnreadable, dump, load
-from nodeagent.control.settings import CONTROLS, ControlKey
+from nodeagent.control.settings import CONTROLS, ControlKey, ControlKind
 from nodeagent.files import write_durably
+from nodeagent.gpu.driver import GpuFacts
 from nodeagent.gpu.inventory import Inventory
+from nodeagent.gpu.worker import GpuWorker
 
 log = get_logger(__name__)
 
@@ -27,12 +30,17 @@ def nothing_left(path: Path) -> bool:
         return False
 
 
-def recover_journal(path: Path, boot_id: str, inventory: Inventory, clock: Clock) -> Journal:
-    """The journal as left behind; with everything this agent may touch if it cannot be read."""
+def recover_journal(
+    path: Path, boot_id: str, inventory: Inventory, clock: Clock, found_w: Mapping[str, float] | None = None
+) -> Journal:
+    """The journal as left behind; with everything this agent may touch if it cannot be read.
+
+    `found_w`: power limits before any write, by GPU, where another record still knows them (control/caps.py).
+    """
     try:
         written_in, intents = load(path)
     except JournalUnreadable as error:
-        return _unknown(path, boot_id, inventory, clock, error)
+        return _unknown(path, boot_id, inventory, clock, error, found_w or {})
     if written_in and written_in != boot_id:
         undone = [intent for intent in intents if not CONTROLS[intent.key.kind].restore_after_reboot]
         for intent in undone:
@@ -41,12 +49,23 @@ def recover_journal(path: Path, boot_id: str, inventory: Inventory, clock: Clock
     return Journal(path, boot_id, intents)
 
 
-def _unknown(path: Path, boot_id: str, inventory: Inventory, clock: Clock, error: JournalUnreadable) -> Journal:
+def _unknown(
+    path: Path,
+    boot_id: str,
+    inventory: Inventory,
+    clock: Clock,
+    error: JournalUnreadable,
+    found_w: Mapping[str, float],
+) -> Journal:
+    def captured(worker: GpuWorker, kind: ControlKind, facts: GpuFacts) -> float | None:
+        fallback = CONTROLS[kind].fallback(facts)
+        return found_w.get(worker.uuid, fallback) if kind is ControlKind.POWER_LIMIT else fallback
+
     intents = [
-        Intent(ControlKey(worker.uuid, kind), control.fallback(worker.facts))
+        Intent(ControlKey(worker.uuid, kind), captured(worker, kind, worker.facts))
         for worker in inventory.workers
         if worker.facts is not None and not worker.facts.mig_enabled
-        for kind, control in CONTROLS.items()
+        for kind in CONTROLS
     ]
     aside = path.with_name(f"{path.name}.unreadable-{int(clock.wall_s())}")
     try:

@@ -23,6 +23,7 @@ class Code(enum.Enum):
     JOURNAL_FAILED = "journal_failed"
     DRIVER_ERROR = "driver_error"
     MIG_ENABLED = "mig_enabled"
+    FOREIGN_WRITER = "foreign_writer"
 
 
 @dataclass(frozen=True, slots=True)

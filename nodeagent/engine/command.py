@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Set
+from contextlib import suppress
 
 from nodeagent.config import EngineConfig
 from nodeagent.engine.records import Spec
 from nodeagent.errors import Invalid, Precondition
+
+_VLLM_MEMORY_SHARE = 0.92
+"""vLLM's default since 0.32 (0.90 before); an engine takes it whole, whatever its weights need."""
 
 
 def check_spec(spec: Spec) -> None:
@@ -34,8 +38,27 @@ def command_line(spec: Spec, port: int, config: EngineConfig) -> tuple[str, ...]
         *("--tensor-parallel-size", str(len(spec.gpu_uuids))),
         *("--host", config.listen_host),
         *("--port", str(port)),
+        *(("--enable-sleep-mode",) if config.sleep_mode else ()),
         *config.args,
     )
+
+
+def environment(spec: Spec, config: EngineConfig) -> dict[str, str]:
+    """What an engine is told by its environment."""
+    dev_mode = {"VLLM_SERVER_DEV_MODE": "1"} if config.sleep_mode else {}
+    return dev_mode | config.env | {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpu_uuids)}
+
+
+def memory_share(config: EngineConfig) -> float:
+    """The share of each GPU's memory that an engine takes: its --gpu-memory-utilization."""
+    share = _VLLM_MEMORY_SHARE
+    for index, argument in enumerate(config.args):
+        name, _, value = argument.replace("_", "-").partition("=")
+        if name == "--gpu-memory-utilization":
+            text = value or "".join(config.args[index + 1 : index + 2])
+            with suppress(ValueError):
+                share = float(text)
+    return share
 
 
 def free_port(in_use: Set[int], config: EngineConfig) -> int:

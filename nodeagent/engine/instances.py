@@ -1,28 +1,28 @@
-"""The engine instances of this node: starts, drains and stops them, watches them, and takes them over after a restart.
+"""The engine instances of this node, as requests see them: start, drain, stop, restart, sleep, wake, look.
 
-Requests come from service.py and return at once; each instance has at most one task that carries it to its next
-stable state. Every change goes through the table in lifecycle.py, to disk, and to the readers of the feed.
+Requests come from service.py and return at once; steps.py carries the instance on. Here too: the watch over their
+processes, and taking over what an earlier agent left.
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Coroutine
-from pathlib import Path
 
 from common.clock import Clock
 from common.logs import get_logger
 from nodeagent.config import NodeAgentConfig
-from nodeagent.engine.command import check_spec, command_line, free_port
-from nodeagent.engine.feed import InstanceFeed, InstanceView
-from nodeagent.engine.launcher import Launch, Launcher, LaunchFailed
-from nodeagent.engine.lifecycle import ANSWERING, ENDED, RUNNING, Event, State, follow
-from nodeagent.engine.process import last_line
+from nodeagent.engine import pids, reshard
+from nodeagent.engine.book import Book, owners
+from nodeagent.engine.command import check_spec
+from nodeagent.engine.feed import InstanceView
+from nodeagent.engine.launcher import Launcher
+from nodeagent.engine.lifecycle import ANSWERING, ENDED, RUNNING, Event, State
+from nodeagent.engine.nap import Naps, is_falling
 from nodeagent.engine.proof import occupied
-from nodeagent.engine.records import Record, Records, Spec
+from nodeagent.engine.records import Nap, NapPhase, Record, Records, Spec
+from nodeagent.engine.steps import ANSWER_TIMEOUT_S, Steps
 from nodeagent.engine.vllm import EngineSilent, VllmClient
-from nodeagent.errors import AlreadyExists, NotFound, Precondition, Unavailable
+from nodeagent.errors import AlreadyExists, Invalid, NotFound, Precondition
 from nodeagent.gpu.driver import GpuHealth
 from nodeagent.gpu.inventory import Inventory
 from nodeagent.telemetry.metrics import AgentMetrics
@@ -30,11 +30,7 @@ from nodeagent.telemetry.sample import InstanceSample
 
 log = get_logger(__name__)
 
-HEALTH_PAUSE_S = 0.2
-ANSWER_TIMEOUT_S = 2.0
-"""How long a health check or a scrape for a drain may take."""
-FREE_PAUSE_S = 0.1
-QUARANTINE_PAUSE_S = 2.0
+MAX_DRAIN_S = 86_400.0
 
 
 class Instances:
@@ -51,19 +47,17 @@ class Instances:
         config: NodeAgentConfig,
         metrics: AgentMetrics,
     ) -> None:
-        self.feed = InstanceFeed()
+        self._book = Book(records, clock, config, metrics)
+        self.feed = self._book.feed
+        self._naps = Naps(self._book, inventory, client, launcher)
+        self._steps = Steps(self._book, inventory, launcher, client, self._naps, boot_id)
         self._inventory = inventory
         self._launcher = launcher
         self._client = client
-        self._files = records
-        self._clock = clock
         self._boot_id = boot_id
         self._config = config.engine
-        self._log_dir = config.engine_log_dir
-        self._metrics = metrics
-        self._records: dict[str, Record] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._starting = asyncio.Lock()
+        self._claiming = asyncio.Lock()
+        """Held while GPUs are checked and taken: two requests must not both find the same ones free."""
         self.last_beat_s = clock.monotonic_s()
         """When the processes were last looked at; the watchdog looks at it."""
 
@@ -72,66 +66,133 @@ class Instances:
     async def start(self, spec: Spec, reason: str) -> InstanceView:
         """Launches an instance; the same spec again returns what is there. Raises Refused."""
         check_spec(spec)
-        async with self._starting:
-            known = self._records.get(spec.instance_id)
+        async with self._claiming:
+            known = self._book.get(spec.instance_id)
             if known is not None and known.state not in ENDED:
                 if known.spec == spec:
-                    return self._view(known)
+                    return self._book.view(known)
                 raise AlreadyExists(f"{spec.instance_id!r} is {known.state.value} with another specification")
-            await self._require_free(spec)
-            record = Record(
-                spec=spec,
-                state=State.STARTING,
-                detail=reason or "starting",
-                boot_id=self._boot_id,
-                token=uuid.uuid4().hex,
-                port=free_port(self._ports_in_use(), self._config),
-                log_path=str(self._log_dir / f"{spec.instance_id}.log"),
-                since_s=self._clock.monotonic_s(),
-            )
-            try:
-                self._files.save(record)
-            except OSError as error:
-                text = f"the instance record cannot be written: {error.strerror or error}; nothing was launched"
-                raise Unavailable(text) from None
+            await self._require_free(spec.gpu_uuids, None)
+            blank = Record(spec, State.STARTING, reason or "starting", self._boot_id, "", 0, "", self._book.now_s())
+            self._book.put_first(self._steps.fresh(blank))
             log.info("instance starts", instance=spec.instance_id, model=spec.model, reason=reason)
-            self._store(record, save=False)
-            try:
-                process = self._launcher.start(self._launch(record))
-            except LaunchFailed as error:
-                self._fail(spec.instance_id, str(error))
-            else:
-                self._store(record.but(process=process))
-                self._begin(spec.instance_id, self._bring_up(spec.instance_id))
-        return self._view(self._records[spec.instance_id])
+            await self._steps.launch(spec.instance_id)
+            self._steps.carry(spec.instance_id)
+        return self._view(spec.instance_id)
 
     def drain(self, instance_id: str, reason: str) -> InstanceView:
         """Begins a drain; one that is under way or done is left alone. Raises Refused."""
-        record = self._get(instance_id)
+        record = self._book.known(instance_id)
         if record.state is State.READY:
             log.info("instance drains", instance=instance_id, reason=reason)
-            self._move(instance_id, Event.DRAIN, reason or "draining")
-            self._begin(instance_id, self._drain(instance_id))
+            self._book.move(instance_id, Event.DRAIN, reason or "draining")
+            self._steps.carry(instance_id)
         elif record.state is not State.DRAINING:
             hint = "; it serves nothing, so stop it instead" if record.state in RUNNING else ""
             raise Precondition(f"{instance_id!r} is {record.state.value}{hint}")
-        return self._view(self._records[instance_id])
+        return self._view(instance_id)
 
     async def stop(self, instance_id: str, force: bool, reason: str) -> InstanceView:
-        """Begins to stop a drained instance, or with `force` any. Raises Refused."""
-        record = self._get(instance_id)
+        """Begins to stop a drained instance, or with `force` any; ends a restart. Raises Refused."""
+        record = self._book.known(instance_id)
         if record.state in (State.READY, State.DRAINING) and not force:
             await self._require_drained(record)
-            record = self._get(instance_id)
-        if record.state is not State.STOPPING and record.state not in ENDED:
+            record = self._book.known(instance_id)
+        if record.state in ENDED:
+            return self._view(instance_id)
+        if record.restart is not None:
+            log.info("restart given up", instance=instance_id, restart=record.restart.transaction_id, reason=reason)
+            self._book.put(record.but(restart=None, detail=reason or "stopping"))
+        if record.state is not State.STOPPING:
             log.info("instance stops", instance=instance_id, reason=reason, force=force)
-            self._move(instance_id, Event.STOP, reason or "stopping")
-            self._begin(instance_id, self._take_down(instance_id))
-        return self._view(self._records[instance_id])
+            self._book.move(instance_id, Event.STOP, reason or "stopping")
+            self._steps.carry(instance_id)
+        return self._view(instance_id)
+
+    async def restart(
+        self, instance_id: str, gpu_uuids: tuple[str, ...], drain_deadline_s: float, reason: str
+    ) -> tuple[InstanceView, str]:
+        """Begins a restart on these GPUs; the same again returns what is under way. Returns its transaction's id too.
+
+        Raises Refused; nothing is changed then.
+        """
+        if not 0 <= drain_deadline_s <= MAX_DRAIN_S:
+            raise Invalid(f"drain_deadline_s is {drain_deadline_s:g}; it must be 0 to {MAX_DRAIN_S:g}")
+        async with self._claiming:
+            record = self._book.known(instance_id)
+            if record.restart is not None:
+                under_way = record.restart
+                if under_way.new_gpus == gpu_uuids:
+                    return self._view(instance_id), under_way.transaction_id
+                raise Precondition(f"{instance_id!r} is in restart {under_way.transaction_id} with other GPUs")
+            drain_s = drain_deadline_s or self._config.drain_deadline_s
+            restart = reshard.begun(record, gpu_uuids, self._book.now_s(), drain_s)
+            added = [gpu for gpu in gpu_uuids if gpu not in record.gpus]
+            await self._require_free(added, record)
+            for gpu in gpu_uuids:
+                if gpu not in added:
+                    self._require_usable(gpu)
+            if self._book.known(instance_id) is not record:
+                raise Precondition(f"{instance_id!r} changed meanwhile; look at it and ask again")
+            detail = f"restart {restart.transaction_id}: draining; {reason}"
+            begun = (
+                self._book.moved(instance_id, Event.DRAIN, detail)
+                if record.state is State.READY
+                else record.but(detail=detail)
+            )
+            self._book.put_first(begun.but(restart=restart))
+            log.info(
+                "restart begins",
+                instance=instance_id,
+                restart=restart.transaction_id,
+                old=restart.old_gpus,
+                new=gpu_uuids,
+                reason=reason,
+            )
+            self._steps.read_ahead(record)
+            self._steps.carry(instance_id)
+        return self._view(instance_id), restart.transaction_id
+
+    async def sleep(self, instance_id: str, reason: str) -> InstanceView:
+        """Begins to put a drained instance to sleep; one that sleeps is left alone. Raises Refused."""
+        async with self._claiming:
+            record = self._book.known(instance_id)
+            if record.state is State.ASLEEP or is_falling(record):
+                return self._book.view(record)
+            if record.state not in (State.READY, State.DRAINING) or record.restart is not None:
+                what = record.state.value if record.restart is None else "being restarted"
+                raise Precondition(f"{instance_id!r} is {what}; only a drained instance is put to sleep")
+            await self._require_drained(record)
+            record = self._book.known(instance_id)
+            nap = await self._naps.prepare_sleep(record)
+            if self._book.known(instance_id) is not record:
+                raise Precondition(f"{instance_id!r} changed meanwhile; look at it and ask again")
+            self._book.put_first(record.but(nap=nap, detail=f"falling asleep; {reason}"))
+            log.info("instance goes to sleep", instance=instance_id, reason=reason)
+            self._steps.carry(instance_id)
+        return self._view(instance_id)
+
+    async def wake(self, instance_id: str, reason: str) -> InstanceView:
+        """Begins to wake an instance up; one that is awake is left alone. Raises Refused."""
+        async with self._claiming:
+            record = self._book.known(instance_id)
+            if record.state is State.READY or (record.state is State.WARMING and record.nap is not None):
+                return self._book.view(record)
+            if record.state is not State.ASLEEP or record.nap is None:
+                raise Precondition(f"{instance_id!r} is {record.state.value}; only one that sleeps can be woken up")
+            await self._naps.check_wake(record)
+            if self._book.known(instance_id) is not record:
+                raise Precondition(f"{instance_id!r} changed meanwhile; look at it and ask again")
+            waking = record.nap.but(phase=NapPhase.WAKING)
+            detail = f"waking up; {reason}"
+            self._book.put_first(self._book.moved(instance_id, Event.WAKE, detail, nap=waking, drained=False))
+            log.info("instance wakes up", instance=instance_id, reason=reason)
+            self._steps.carry(instance_id)
+        return self._view(instance_id)
 
     def views(self) -> list[InstanceView]:
         """Every instance, oldest first."""
-        return [self._view(record) for record in self._records.values()]
+        return [self._book.view(record) for record in self._book.all()]
 
     async def scrape(self, timeout_s: float) -> tuple[InstanceSample, ...]:
         """Engine metrics of every instance that has not ended."""
@@ -140,267 +201,131 @@ class Instances:
             reading = None
             if record.state in ANSWERING:
                 try:
-                    reading = await self._client.scrape(self._url(record), timeout_s)
+                    reading = await self._client.scrape(self._book.url(record), timeout_s)
                 except EngineSilent as error:
                     log.debug("engine does not answer", instance=record.spec.instance_id, why=str(error))
-            return InstanceSample(record.spec.instance_id, self._records[record.spec.instance_id].state, reading)
+            return InstanceSample(record.spec.instance_id, self._book[record.spec.instance_id].state, reading)
 
-        return tuple(await asyncio.gather(*(one(r) for r in list(self._records.values()) if r.state not in ENDED)))
+        return tuple(await asyncio.gather(*(one(record) for record in self._book.alive())))
 
     # Over the agent's life
 
     async def adopt(self) -> None:
         """Takes over what an earlier agent left: engines that still run go on, the others are cleaned up."""
-        await asyncio.gather(*(self._adopt(record) for record in self._files.load_all()))
-        self._prune()
+        found = self._book.load_all()
+        for record in found:  # all of them first: what one may do depends on who else is on its GPUs
+            self._book.know(record)
+        await asyncio.gather(*(self._adopt(record) for record in found))
+        self._book.prune()
 
     async def run(self) -> None:
         """Notices within a poll interval when a process died."""
         while True:
-            self.last_beat_s = self._clock.monotonic_s()
-            for instance_id, record in list(self._records.items()):
-                alive = record.process is None or self._launcher.alive(record.process)
-                if record.state in RUNNING and not alive:
-                    self._fail(instance_id, self._died(record))
+            self.last_beat_s = self._book.now_s()
+            for record in self._book.alive():
+                if record.state in RUNNING and (text := await self._loss(record)):
+                    current = self._book.get(record.spec.instance_id)
+                    if current is not None and current.process == record.process and current.state in RUNNING:
+                        self._steps.fail(record.spec.instance_id, text)
             await asyncio.sleep(self._config.poll_interval_s)
 
     async def close(self) -> None:
         """Lets go of all instances; they run on, and the next agent takes them over."""
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._steps.close()
+        await self._book.close()
+        await self._launcher.close()
+
+    async def _loss(self, record: Record) -> str:
+        """What an instance has lost, empty if nothing. Without one of its workers an engine can do nothing."""
+        if record.process is None:
+            return ""
+        if not self._launcher.alive(record.process):
+            return await self._steps.died(record)
+        for worker in record.workers:
+            if not pids.lives(worker):
+                return f"its worker with pid {worker.pid} ended, one of {len(record.workers)}"
+        return ""
 
     async def _adopt(self, record: Record) -> None:
         instance_id = record.spec.instance_id
         if record.boot_id != self._boot_id:
-            record = record.but(boot_id=self._boot_id, process=None, since_s=self._clock.monotonic_s())
             gone = "the machine rebooted"
+            record = record.but(
+                boot_id=self._boot_id, process=None, workers=(), restart=None, nap=None, since_s=self._book.now_s()
+            )
         else:
             gone = "its launch was interrupted" if record.process is None else "it ended while no agent ran"
             if record.process is None and record.state not in ENDED:
-                record = record.but(process=self._launcher.find(record.token))
-        self._records[instance_id] = record
+                record = record.but(process=await self._launcher.find(instance_id, record.token))
+        self._book.know(record)
         alive = record.process is not None and self._launcher.alive(record.process)
         log.info("instance found", instance=instance_id, state=record.state.value, alive=alive)
-        if record.state in RUNNING and not alive:
-            self._fail(instance_id, gone)
-        elif record.state in (State.STARTING, State.WARMING):
-            self._begin(instance_id, self._bring_up(instance_id))
+        to_launch = record.restart is not None and record.state is State.STARTING and record.process is None
+        if record.state in RUNNING and not alive and not to_launch:
+            self._steps.fail(instance_id, gone)
+        elif record.state is State.ASLEEP or is_falling(record):
+            await self._adopt_sleeper(record)
         elif record.state is State.READY:
-            if not await self._client.healthy(self._url(record), ANSWER_TIMEOUT_S):
-                self._move(instance_id, Event.SILENT, "found again, does not answer yet")
-                self._begin(instance_id, self._bring_up(instance_id))
-        elif record.state is State.DRAINING and not record.drained:
-            self._begin(instance_id, self._drain(instance_id))
-        elif record.state is State.STOPPING:
-            self._begin(instance_id, self._take_down(instance_id))
-        elif record.state is State.QUARANTINED:
-            self._begin(instance_id, self._until_free(instance_id, float("inf")))
+            if not await self._client.healthy(self._book.url(record), ANSWER_TIMEOUT_S):
+                self._book.move(instance_id, Event.SILENT, "found again, does not answer yet")
+                self._steps.carry(instance_id)
+        elif record.state not in ENDED:
+            self._steps.carry(instance_id)
 
-    # The steps, one task per instance at a time
-
-    async def _bring_up(self, instance_id: str) -> None:
-        record = self._records[instance_id]
-        url = self._url(record)
-        if record.state is State.STARTING:
-            deadline_s = record.since_s + self._config.start_timeout_s
-            while not await self._client.healthy(url, ANSWER_TIMEOUT_S):
-                if self._clock.monotonic_s() > deadline_s:
-                    text = f"not healthy within {self._config.start_timeout_s:g} s; {last_line(record.log_path)}"
-                    return self._fail(instance_id, text)
-                await asyncio.sleep(HEALTH_PAUSE_S)
-            self._move(instance_id, Event.HEALTHY, "running the warm-up request", step="start")
-        try:
-            await self._client.warm_up(
-                url, record.spec.model, self._config.warmup_tokens, self._config.warmup_timeout_s
-            )
-        except EngineSilent as error:
-            return self._fail(instance_id, str(error))
-        return self._move(instance_id, Event.WARMED_UP, "serving", step="warm")
-
-    async def _drain(self, instance_id: str) -> None:
-        record = self._records[instance_id]
-        idle_scrapes = 0
-        while idle_scrapes < self._config.drain_scrapes:
-            await asyncio.sleep(self._config.drain_interval_s)
-            try:
-                reading = await self._client.scrape(self._url(record), ANSWER_TIMEOUT_S)
-            except EngineSilent as error:
-                idle_scrapes, text = 0, f"draining; {error}"
-            else:
-                idle_scrapes = idle_scrapes + 1 if reading.idle else 0
-                text = f"draining: {reading.running:g} running, {reading.waiting:g} waiting"
-            if text != self._records[instance_id].detail:
-                self._store(self._records[instance_id].but(detail=text), save=False)
-        proven = f"drained: nothing running, nothing waiting in {idle_scrapes} scrapes in a row"
-        record = self._records[instance_id]
-        self._store(record.but(drained=True, detail=proven, step_s=self._timed(record, "drain")))
-        log.info("instance drained", instance=instance_id, seconds=round(self._clock.monotonic_s() - record.since_s, 3))
-
-    async def _take_down(self, instance_id: str) -> None:
-        record = self._records[instance_id]
-        process = record.process
-        if process is not None:
-            self._launcher.terminate(process)
-            deadline_s = self._clock.monotonic_s() + self._config.stop_timeout_s
-            while self._launcher.alive(process):
-                if self._clock.monotonic_s() > deadline_s:
-                    log.warning("engine does not end when asked to", instance=instance_id)
-                    break
-                await asyncio.sleep(FREE_PAUSE_S)
-            self._launcher.kill(process)  # workers that outlived their leader, or a leader that would not go
-        await self._until_free(instance_id, self._clock.monotonic_s() + self._config.gpu_free_timeout_s)
-
-    async def _until_free(self, instance_id: str, deadline_s: float) -> None:
-        """Ends with the proof that the GPUs are free; past the deadline the instance waits for it in quarantine."""
-        while text := await self._not_free(self._records[instance_id]):
-            record = self._records[instance_id]
-            if record.state is State.STOPPING and self._clock.monotonic_s() > deadline_s:
-                before = f" (before: {record.detail})" if record.failed else ""
-                self._move(instance_id, Event.NOT_FREED, f"{text}; the GPUs stay blocked until they are free{before}")
-                log.error("instance quarantined", instance=instance_id, why=text)
-            quarantined = self._records[instance_id].state is State.QUARANTINED
-            await asyncio.sleep(QUARANTINE_PAUSE_S if quarantined else FREE_PAUSE_S)
-        record = self._records[instance_id]
-        event = Event.FREED_AFTER_FAILURE if record.failed else Event.FREED
-        self._move(instance_id, event, record.detail if record.failed else "stopped; its GPUs are free", step="stop")
-        self._prune()
-
-    async def _not_free(self, record: Record) -> str:
-        if record.process is not None and (pids := self._launcher.members(record.process)):
-            self._launcher.kill(record.process)
-            return f"processes {sorted(pids)} do not end"
-        return await occupied(self._inventory, record.spec.gpu_uuids, self._config.gpu_free_memory_mib)
-
-    # Changes
-
-    def _fail(self, instance_id: str, text: str) -> None:
-        log.error("instance failed", instance=instance_id, why=text)
-        self._move(instance_id, Event.FAIL, text, failed=True)
-        self._begin(instance_id, self._take_down(instance_id))
-
-    def _move(self, instance_id: str, event: Event, detail: str, step: str = "", failed: bool | None = None) -> None:
-        record = self._records[instance_id]
-        self._store(
-            record.but(
-                state=follow(record.state, event),
-                detail=detail,
-                since_s=self._clock.monotonic_s(),
-                step_s=self._timed(record, step) if step else record.step_s,
-                failed=record.failed if failed is None else failed,
-            )
-        )
-
-    def _store(self, record: Record, save: bool = True) -> None:
+    async def _adopt_sleeper(self, record: Record) -> None:
+        """It may have fallen asleep, or been woken up by hand, while no agent ran."""
         instance_id = record.spec.instance_id
-        before = self._records.get(instance_id)
-        self._records[instance_id] = record
-        if save:
-            try:
-                self._files.save(record)
-            except OSError as error:
-                log.error("instance record cannot be written", instance=instance_id, why=str(error))
-        if before is None or before.state is not record.state:
-            self._metrics.instance_transitions.labels(record.state.value).inc()
-            log.info("instance", instance=instance_id, state=record.state.value, detail=record.detail)
-        self.feed.publish(self._view(record))
-
-    def _begin(self, instance_id: str, step: Coroutine[object, object, None]) -> None:
-        """Replaces the task that carries an instance on; the task itself may be the one that calls."""
-        before = self._tasks.get(instance_id)
-        if before is not None and before is not asyncio.current_task():
-            before.cancel()
-        task = asyncio.get_running_loop().create_task(step)
-        task.add_done_callback(lambda done: self._step_ended(instance_id, done))
-        self._tasks[instance_id] = task
-
-    def _step_ended(self, instance_id: str, task: asyncio.Task[None]) -> None:
-        """A step never raises; should one do so all the same, the instance must not stay where it is for ever."""
-        if task.cancelled() or task.exception() is None:
-            return
-        log.error("internal error", instance=instance_id, exc_info=task.exception())
-        record = self._records.get(instance_id)
-        if record is None or self._tasks.get(instance_id) is not task:
-            return
-        if record.state in RUNNING:
-            self._fail(instance_id, f"internal error: {task.exception()!r}")
-        elif record.state is State.STOPPING:
-            self._move(instance_id, Event.NOT_FREED, f"internal error: {task.exception()!r}; stop it again")
-
-    def _prune(self) -> None:
-        ended = [instance_id for instance_id, record in self._records.items() if record.state in ENDED]
-        for instance_id in ended[: max(len(ended) - self._config.keep_finished, 0)]:
-            del self._records[instance_id]
-            self._tasks.pop(instance_id, None)
-            self._files.remove(instance_id)
+        try:
+            asleep = await self._client.sleeping(self._book.url(record), ANSWER_TIMEOUT_S)
+        except EngineSilent as error:
+            return self._steps.fail(instance_id, f"cannot tell whether it sleeps: {error}")
+        if asleep and record.state is State.ASLEEP:
+            return None
+        if record.state is State.ASLEEP:
+            nap: Nap | None = None if record.nap is None else record.nap.but(phase=NapPhase.WAKING)
+            self._book.move(instance_id, Event.WAKE, "found awake although it was put to sleep", nap=nap, drained=False)
+        elif not asleep:
+            self._book.put(record.but(nap=None, detail="drained; not put to sleep: the agent was restarted"))
+        return self._steps.carry(instance_id)
 
     # Small questions
 
-    def _get(self, instance_id: str) -> Record:
-        try:
-            return self._records[instance_id]
-        except KeyError:
-            raise NotFound(f"no instance {instance_id!r} on this node") from None
+    def _view(self, instance_id: str) -> InstanceView:
+        return self._book.view(self._book[instance_id])
 
-    async def _require_free(self, spec: Spec) -> None:
-        owner = {
-            gpu: record
-            for record in self._records.values()
-            if record.state not in ENDED
-            for gpu in record.spec.gpu_uuids
-        }
-        for gpu in spec.gpu_uuids:
-            worker = self._inventory.find(gpu)
-            if worker is None:
-                raise NotFound(f"no GPU {gpu} on this node")
+    async def _require_free(self, gpus: tuple[str, ...] | list[str], own: Record | None) -> None:
+        owner = owners(self._book)
+        for gpu in gpus:
+            self._require_usable(gpu)
             if gpu in owner:
                 held = owner[gpu]
                 raise Precondition(f"{gpu} belongs to instance {held.spec.instance_id!r}, which is {held.state.value}")
-            if worker.health is not GpuHealth.OK:
-                raise Precondition(f"{gpu} is {worker.health.value}: {worker.detail}")
-            if worker.facts is not None and worker.facts.mig_enabled:
-                raise Precondition(f"{gpu} has MIG on; engines are started on whole GPUs only")
-        if text := await occupied(self._inventory, spec.gpu_uuids, self._config.gpu_free_memory_mib):
-            raise Precondition(text)
+        neighbours = self._steps.neighbours(own, gpus)
+        if found := await occupied(self._inventory, neighbours, self._config.gpu_free_memory_mib):
+            raise Precondition(found.text)
+        for gpu in gpus:
+            await self._naps.check_start_beside(gpu)
+
+    def _require_usable(self, gpu: str) -> None:
+        worker = self._inventory.find(gpu)
+        if worker is None:
+            raise NotFound(f"no GPU {gpu} on this node")
+        if worker.health is not GpuHealth.OK:
+            raise Precondition(f"{gpu} is {worker.health.value}: {worker.detail}")
+        if worker.facts is not None and worker.facts.mig_enabled:
+            raise Precondition(f"{gpu} has MIG on; engines are started on whole GPUs only")
 
     async def _require_drained(self, record: Record) -> None:
         name = record.spec.instance_id
         if not record.drained:
             raise Precondition(f"{name!r} is {record.state.value} and not drained; drain it first, or use force")
         try:
-            reading = await self._client.scrape(self._url(record), ANSWER_TIMEOUT_S)
+            reading = await self._client.scrape(self._book.url(record), ANSWER_TIMEOUT_S)
         except EngineSilent as error:
             raise Precondition(f"nobody can tell what {name!r} still serves ({error}); use force") from None
-        if not reading.idle and self._records[name].state is State.DRAINING:
+        if not reading.idle and self._book[name].state is State.DRAINING:
             text = f"got new work after its drain ({reading.running:g} running); draining again"
             steps = {step: seconds for step, seconds in record.step_s.items() if step != "drain"}
-            self._store(self._records[name].but(drained=False, detail=text, step_s=steps))
-            self._begin(name, self._drain(name))
+            self._book.put(self._book[name].but(drained=False, detail=text, step_s=steps))
+            self._steps.carry(name)
             raise Precondition(f"{name!r} {text}")
-
-    def _launch(self, record: Record) -> Launch:
-        spec = record.spec
-        env = self._config.env | {"CUDA_VISIBLE_DEVICES": ",".join(spec.gpu_uuids)}
-        argv = command_line(spec, record.port, self._config)
-        return Launch(spec.instance_id, record.token, argv, env, Path(record.log_path))
-
-    def _ports_in_use(self) -> set[int]:
-        return {record.port for record in self._records.values() if record.state not in ENDED}
-
-    def _url(self, record: Record) -> str:
-        """Where the agent itself reaches the engine."""
-        host = self._config.listen_host
-        return f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{record.port}"
-
-    def _view(self, record: Record) -> InstanceView:
-        host = self._config.advertise_host or self._config.listen_host
-        listens = record.state in ANSWERING
-        seconds = max(self._clock.monotonic_s() - record.since_s, 0.0)
-        return InstanceView(record, f"http://{host}:{record.port}" if listens else "", seconds)
-
-    def _timed(self, record: Record, step: str) -> dict[str, float]:
-        return record.step_s | {step: round(self._clock.monotonic_s() - record.since_s, 3)}
-
-    def _died(self, record: Record) -> str:
-        how = self._launcher.exit_text(record.process) if record.process is not None else ""
-        return f"the engine ended by itself{f' ({how})' if how else ''}; {last_line(record.log_path)}"

@@ -1,6 +1,6 @@
 """What it takes to run engine processes: start one, find it again, end it.
 
-engine/process.py does it with plain processes. An engine must outlive the agent under any launcher.
+engine/process.py does it with plain processes, engine/systemd.py with units. An engine outlives the agent under either.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ class ProcessId:
     pid: int
     started_s: float
     """Seconds from boot to the process's start; unlike a wall time it does not move when the clock is set."""
+    unit: str = ""
+    """The unit it leads, under a launcher that has units."""
 
 
 class Launcher(Protocol):
-    """Starts and ends engines. Calls return at once."""
+    """Starts and ends engines. No call waits for an engine."""
 
-    def start(self, launch: Launch) -> ProcessId:
+    async def start(self, launch: Launch) -> ProcessId:
         """Raises LaunchFailed."""
         ...
 
-    def find(self, token: str) -> ProcessId | None:
+    async def find(self, instance_id: str, token: str) -> ProcessId | None:
         """The leading process of a launch, by its token."""
         ...
 
@@ -54,14 +56,18 @@ class Launcher(Protocol):
         """Pids of everything that lives of the instance, workers included."""
         ...
 
-    def terminate(self, process: ProcessId) -> None:
+    async def terminate(self, process: ProcessId) -> None:
         """Asks the leading process to end."""
         ...
 
-    def kill(self, process: ProcessId) -> None:
+    async def kill(self, process: ProcessId) -> None:
         """Ends everything that lives of the instance, at once."""
         ...
 
-    def exit_text(self, process: ProcessId) -> str:
+    async def exit_text(self, process: ProcessId) -> str:
         """How the leading process ended, for people; empty when unknown."""
+        ...
+
+    async def close(self) -> None:
+        """Lets go of the engines; they run on."""
         ...

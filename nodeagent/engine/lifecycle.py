@@ -14,11 +14,13 @@ class State(enum.Enum):
     STARTING = "starting"
     """Process launched, not yet healthy."""
     WARMING = "warming"
-    """Healthy; the warm-up request is running. Not routable."""
+    """Healthy, or waking up; the warm-up request follows. Not routable."""
     READY = "ready"
     """Routable."""
     DRAINING = "draining"
     """Gets no new work, finishes what runs; a finished drain is proven, and stays here until it is stopped."""
+    ASLEEP = "asleep"
+    """Weights moved to host memory; the process and its GPU contexts stay. Not routable."""
     STOPPING = "stopping"
     """Told to end, or died; its GPUs are not proven free yet."""
     STOPPED = "stopped"
@@ -38,6 +40,9 @@ class Event(enum.Enum):
     STOP = "asked to stop"
     FAIL = "died, or did not come up in time"
     SILENT = "found again by a new agent, but does not answer yet"
+    SLEPT = "moved its weights to host memory"
+    WAKE = "asked to wake up"
+    RELAUNCH = "its GPUs are proven free, and its restart starts it anew"
     FREED = "its GPUs are proven free"
     FREED_AFTER_FAILURE = "its GPUs are proven free, after it failed"
     NOT_FREED = "its GPUs could not be proven free in time"
@@ -56,6 +61,11 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.READY, Event.SILENT): State.STARTING,
     (State.DRAINING, Event.STOP): State.STOPPING,
     (State.DRAINING, Event.FAIL): State.STOPPING,
+    (State.DRAINING, Event.SLEPT): State.ASLEEP,
+    (State.ASLEEP, Event.WAKE): State.WARMING,
+    (State.ASLEEP, Event.STOP): State.STOPPING,
+    (State.ASLEEP, Event.FAIL): State.STOPPING,
+    (State.STOPPING, Event.RELAUNCH): State.STARTING,
     (State.STOPPING, Event.FREED): State.STOPPED,
     (State.STOPPING, Event.FREED_AFTER_FAILURE): State.FAILED,
     (State.STOPPING, Event.NOT_FREED): State.QUARANTINED,
@@ -67,11 +77,11 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 ENDED = frozenset({State.STOPPED, State.FAILED})
 """Nothing follows; the instance owns no GPU."""
 
-RUNNING = frozenset({State.STARTING, State.WARMING, State.READY, State.DRAINING})
+RUNNING = frozenset({State.STARTING, State.WARMING, State.READY, State.DRAINING, State.ASLEEP})
 """The process is expected to live; its death is a failure."""
 
 ANSWERING = frozenset({State.WARMING, State.READY, State.DRAINING})
-"""The engine has been healthy, so its metrics can be asked for."""
+"""The engine has been healthy and is awake, so its metrics can be asked for."""
 
 
 def follow(state: State, event: Event) -> State:

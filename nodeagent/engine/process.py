@@ -16,10 +16,8 @@ from pathlib import Path
 import psutil
 
 from nodeagent.engine.launcher import Launch, LaunchFailed, ProcessId
+from nodeagent.engine.pids import TOKEN_VARIABLE, carries_token, identify, is_same, lives, pid_lives, send
 
-TOKEN_VARIABLE = "DYNAMOLLM_LAUNCH"
-_SAME_START_S = 0.05
-"""Start times come in ticks of 10 ms."""
 _OURS_ONLY = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "INVOCATION_ID", "JOURNAL_STREAM", "MAINPID")
 """What systemd tells the agent and an engine must not take for its own."""
 
@@ -30,7 +28,10 @@ class ProcessLauncher:
     def __init__(self) -> None:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
-    def start(self, launch: Launch) -> ProcessId:
+    async def start(self, launch: Launch) -> ProcessId:
+        return self._spawn(launch)
+
+    def _spawn(self, launch: Launch) -> ProcessId:
         environment = {name: value for name, value in os.environ.items() if name not in _OURS_ONLY}
         environment |= launch.env | {TOKEN_VARIABLE: launch.token}
         try:
@@ -49,36 +50,36 @@ class ProcessLauncher:
         except OSError as error:
             raise LaunchFailed(f"{error.filename or launch.argv[0]}: {error.strerror}") from None
         self._children[child.pid] = child
-        return _identify(psutil.Process(child.pid))
+        return identify(child.pid)
 
-    def find(self, token: str) -> ProcessId | None:
-        for process in psutil.process_iter():
+    async def find(self, instance_id: str, token: str) -> ProcessId | None:
+        for pid in psutil.pids():
             with suppress(psutil.Error, OSError):
-                if os.getsid(process.pid) == process.pid and process.environ().get(TOKEN_VARIABLE) == token:
-                    return _identify(process)
+                if os.getsid(pid) == pid and carries_token(pid, token):
+                    return identify(pid)
         return None
 
     def alive(self, process: ProcessId) -> bool:
         child = self._children.get(process.pid)
         if child is not None and child.poll() is not None:  # also takes the ended child off the process table
             return False
-        return _lives(process.pid) and _is(process)
+        return lives(process)
 
     def members(self, process: ProcessId) -> frozenset[int]:
         self.alive(process)
-        if psutil.pid_exists(process.pid) and not _is(process):
+        if psutil.pid_exists(process.pid) and not is_same(process):
             return frozenset()  # the number was given away again: that session is not ours
-        return frozenset(pid for pid in _session(process.pid) if _lives(pid))
+        return frozenset(pid for pid in _session(process.pid) if pid_lives(pid))
 
-    def terminate(self, process: ProcessId) -> None:
+    async def terminate(self, process: ProcessId) -> None:
         if self.alive(process):
-            _signal(process.pid, signal.SIGTERM)
+            send(process.pid, signal.SIGTERM)
 
-    def kill(self, process: ProcessId) -> None:
+    async def kill(self, process: ProcessId) -> None:
         for pid in self.members(process):
-            _signal(pid, signal.SIGKILL)
+            send(pid, signal.SIGKILL)
 
-    def exit_text(self, process: ProcessId) -> str:
+    async def exit_text(self, process: ProcessId) -> str:
         child = self._children.get(process.pid)
         code = child.poll() if child is not None else None
         if code is None:
@@ -89,6 +90,9 @@ class ProcessLauncher:
             return f"killed by {signal.Signals(-code).name}"
         except ValueError:
             return f"killed by signal {-code}"
+
+    async def close(self) -> None:
+        """Nothing holds them."""
 
 
 def last_line(log_path: str) -> str:
@@ -102,32 +106,8 @@ def last_line(log_path: str) -> str:
     return f"see {log_path}" + (f" ({lines[-1][:200]})" if lines else "")
 
 
-def _identify(process: psutil.Process) -> ProcessId:
-    return ProcessId(process.pid, round(process.create_time() - psutil.boot_time(), 2))
-
-
-def _is(process: ProcessId) -> bool:
-    try:
-        return abs(_identify(psutil.Process(process.pid)).started_s - process.started_s) <= _SAME_START_S
-    except psutil.Error:
-        return False
-
-
-def _lives(pid: int) -> bool:
-    """A zombie holds nothing any more, whoever is slow to reap it."""
-    try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.Error:
-        return False
-
-
 def _session(session_id: int) -> Iterator[int]:
     for pid in psutil.pids():
         with suppress(OSError):
             if os.getsid(pid) == session_id:
                 yield pid
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)

@@ -131,3 +131,32 @@ class VllmClient:
             raise EngineSilent(f"the warm-up request failed: {type(error).__name__}") from None
         if response.status_code != 200:
             raise EngineSilent(f"the warm-up request was answered {response.status_code}: {response.text[:200]}")
+
+    # Sleep mode (development endpoints of vLLM, there only when the engine was started with them)
+
+    async def sleep(self, url: str, timeout_s: float) -> None:
+        """Moves the weights to host memory. It waits for work rather than ending it; raises EngineSilent."""
+        await self._post(f"{url}/sleep?level=1&mode=wait", "the engine does not fall asleep", timeout_s)
+
+    async def wake_up(self, url: str, timeout_s: float) -> None:
+        """Takes the weights back; raises EngineSilent."""
+        await self._post(f"{url}/wake_up", "the engine does not wake up", timeout_s)
+
+    async def sleeping(self, url: str, timeout_s: float) -> bool:
+        """Whether it sleeps; raises EngineSilent when it does not say."""
+        try:
+            response = await self._http.get(f"{url}/is_sleeping", timeout=timeout_s)
+            answer = response.json()["is_sleeping"] if response.status_code == 200 else None
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise EngineSilent(f"{url}/is_sleeping gives no answer: {type(error).__name__}") from None
+        if not isinstance(answer, bool):
+            raise EngineSilent(f"{url}/is_sleeping answers {response.status_code}")
+        return answer
+
+    async def _post(self, url: str, trouble: str, timeout_s: float) -> None:
+        try:
+            response = await self._http.post(url, timeout=timeout_s)
+        except httpx.HTTPError as error:
+            raise EngineSilent(f"{trouble}: {type(error).__name__}") from None
+        if response.status_code != 200:
+            raise EngineSilent(f"{trouble}: answered {response.status_code}: {response.text[:200]}")

@@ -57,6 +57,8 @@ class GpuFacts:
     memory_bytes: int
     sm_clocks_mhz: tuple[int, ...]
     """Clocks a lock can snap to, ascending; empty when the GPU cannot be locked."""
+    memory_clocks_mhz: tuple[int, ...]
+    """The same for the memory clock."""
     min_power_limit_w: float
     max_power_limit_w: float
     default_power_limit_w: float
@@ -110,6 +112,12 @@ class GpuDevice(Protocol):
         """Unlocks the clocks. Harmless when they are not locked."""
         ...
 
+    def lock_memory_clocks_mhz(self, min_mhz: int, max_mhz: int) -> None: ...
+
+    def reset_memory_clocks(self) -> None:
+        """Unlocks the memory clock. Harmless when it is not locked."""
+        ...
+
     def power_limit_w(self) -> float:
         """The limit set, which is not always the one enforced."""
         ...
@@ -119,6 +127,13 @@ class GpuDevice(Protocol):
 
 class GpuDriver(Protocol):
     """The library that opens GPUs."""
+
+    def reload(self) -> None:
+        """Starts the library anew, after the kernel's driver was loaded again: every device opened before is void.
+
+        Only while no call is under way. Raises DriverUnavailable as long as there is no driver.
+        """
+        ...
 
     def version(self) -> str: ...
 

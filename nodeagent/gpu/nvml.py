@@ -6,6 +6,7 @@ library is found the normal way (`libnvidia-ml.so.1` through the loader).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -93,6 +94,15 @@ class NvmlDriver:
                 raise DriverUnavailable("no NVIDIA driver library found: libnvidia-ml.so.1 cannot be loaded") from None
             raise DriverUnavailable(f"the NVIDIA driver does not answer: {error}") from None
 
+    def reload(self) -> None:
+        # NVML counts its users; this process is one, once. An error only says that nothing was initialised any more.
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
+            raise DriverUnavailable(f"the NVIDIA driver does not answer: {error}") from None
+
     def version(self) -> str:
         with _typed():
             return str(pynvml.nvmlSystemGetDriverVersion())
@@ -141,6 +151,7 @@ class NvmlDevice:
             name=name,
             memory_bytes=int(memory.total) if memory is not None else 0,
             sm_clocks_mhz=_optional(self._sm_clocks_mhz) or (),
+            memory_clocks_mhz=_optional(self._memory_clocks_mhz) or (),
             min_power_limit_w=limits_mw[0] / 1000,
             max_power_limit_w=limits_mw[1] / 1000,
             default_power_limit_w=default_mw / 1000,
@@ -152,6 +163,9 @@ class NvmlDevice:
     def _sm_clocks_mhz(self) -> tuple[int, ...]:
         memory_mhz = max(pynvml.nvmlDeviceGetSupportedMemoryClocks(self._handle))
         return tuple(sorted(pynvml.nvmlDeviceGetSupportedGraphicsClocks(self._handle, memory_mhz)))
+
+    def _memory_clocks_mhz(self) -> tuple[int, ...]:
+        return tuple(sorted(pynvml.nvmlDeviceGetSupportedMemoryClocks(self._handle)))
 
     def read(self) -> GpuReading:
         handle = self._handle
@@ -195,6 +209,14 @@ class NvmlDevice:
     def reset_clocks(self) -> None:
         with _typed():
             pynvml.nvmlDeviceResetGpuLockedClocks(self._handle)
+
+    def lock_memory_clocks_mhz(self, min_mhz: int, max_mhz: int) -> None:
+        with _typed():
+            pynvml.nvmlDeviceSetMemoryLockedClocks(self._handle, min_mhz, max_mhz)
+
+    def reset_memory_clocks(self) -> None:
+        with _typed():
+            pynvml.nvmlDeviceResetMemoryLockedClocks(self._handle)
 
     def power_limit_w(self) -> float:
         with _typed():

@@ -34,8 +34,14 @@ class GpuWorker:
     """A GPU as the rest of the agent sees it. All methods are for the event loop's thread."""
 
     def __init__(
-        self, driver: GpuDriver, index: int, deadline_s: float, on_health: Callable[[GpuWorker], None] | None = None
+        self,
+        driver: GpuDriver,
+        index: int,
+        deadline_s: float,
+        on_health: Callable[[GpuWorker], None] | None = None,
+        taken: Callable[[str], bool] = lambda uuid: False,
     ) -> None:
+        """`taken` tells whether another worker has a GPU already: indices move when GPUs come and go."""
         self.index = index
         self.uuid = ""
         """Empty until the GPU has answered once."""
@@ -47,9 +53,13 @@ class GpuWorker:
         self._driver = driver
         self._deadline_s = deadline_s
         self._on_health = on_health
+        self._taken = taken
         self._device: GpuDevice | None = None
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Future[object]] | None] = queue.SimpleQueue()
         self._probe: asyncio.Task[None] | None = None
+        # Each written by one thread only: this one, and the GPU's.
+        self._submitted = 0
+        self._finished = 0
         # A daemon thread: a call stuck in the kernel must not keep the process from ending.
         threading.Thread(target=self._run, name=f"gpu-{index}", daemon=True).start()
 
@@ -95,6 +105,11 @@ class GpuWorker:
             self.facts = await self.call(lambda device: device.facts())
         return self.facts
 
+    @property
+    def idle(self) -> bool:
+        """Whether no call of this worker is inside the driver."""
+        return self._submitted == self._finished
+
     def close(self) -> None:
         """Lets the thread end after what is queued."""
         if self._probe is not None:
@@ -111,6 +126,9 @@ class GpuWorker:
         except Exception as error:
             self._set_health(GpuHealth.LOST, str(error) or repr(error))
             return
+        if not self.uuid and self._taken(facts.uuid):
+            self._set_health(GpuHealth.LOST, f"index {self.index} is {facts.uuid} now, which is known already")
+            return
         self._device, self.facts = device, facts
         self.uuid, self.index = facts.uuid, facts.index
         self.generation += 1
@@ -123,6 +141,7 @@ class GpuWorker:
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
+        self._submitted += 1
         self._jobs.put((job, future))  # type: ignore[arg-type] # one queue carries jobs of every result type
         return future
 
@@ -135,11 +154,11 @@ class GpuWorker:
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
             job, future = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                result = job()
-            except BaseException as error:  # whatever a driver throws belongs to the caller, never to this thread
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = job()
+                except BaseException as error:  # whatever a driver throws belongs to the caller, never to this thread
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+            self._finished += 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -41,6 +41,30 @@ class AgentMetrics:
             "Safe states restored, or tried to.",
             ["control", "result"],
             registry=registry,
+        )
+        self.foreign_writes = Counter(
+            "dynamollm_agent_foreign_writes",
+            "Times another program was found to have changed a control that this agent holds.",
+            ["control"],
+            registry=registry,
+        )
+        self.guard_acts = Counter(
+            "dynamollm_agent_guard_acts",
+            "What the guard did: trip and lift the watts floor, boost, take new rules.",
+            ["act"],
+            registry=registry,
+        )
+        self.guard_tripped = Gauge(
+            "dynamollm_agent_guard_floor_tripped", "1 while the emergency caps stand.", registry=registry
+        )
+        self.guard_boosting = Gauge(
+            "dynamollm_agent_guard_boosting", "1 while the SLO boost keeps clocks free.", registry=registry
+        )
+        self.audit_lost = Counter(
+            "dynamollm_agent_audit_lost", "Lines that the audit log could not take.", registry=registry
+        )
+        self.calls_denied = Counter(
+            "dynamollm_agent_calls_denied", "Calls refused for want of a scope.", ["scope"], registry=registry
         )
         self.instance_transitions = Counter(
             "dynamollm_agent_instance_transitions",
@@ -84,6 +108,16 @@ def _gpus(sample: Sample) -> Iterator[Metric]:
     temperature = GaugeMetricFamily("dynamollm_gpu_temperature_celsius", "GPU temperature.", labels=labels)
     busy = GaugeMetricFamily("dynamollm_gpu_utilization_ratio", "Share of time with work.", labels=labels)
     energy = CounterMetricFamily("dynamollm_gpu_energy_joules", "Energy drawn.", labels=labels)
+    drift = GaugeMetricFamily(
+        "dynamollm_gpu_clock_drift_hertz",
+        "SM clock outside the lock in force: above it positive, below negative.",
+        labels=labels,
+    )
+    alarms = GaugeMetricFamily(
+        "dynamollm_gpu_alarm",
+        "1 for each thing about the GPU that an operator should look at.",
+        labels=[*labels, "alarm"],
+    )
     reasons = GaugeMetricFamily(
         "dynamollm_gpu_clock_event", "1 for each reason that holds the clock down.", labels=[*labels, "reason"]
     )
@@ -99,12 +133,15 @@ def _gpus(sample: Sample) -> Iterator[Metric]:
             (temperature, reading.temperature_c, 1.0),
             (busy, reading.utilization_ratio, 1.0),
             (energy, gpu.energy_j, 1.0),
+            (drift, gpu.drift_mhz, 1e6),
         ):
             if value is not None:
                 family.add_metric(name, value * factor)
         for reason in reading.event_reasons:
             reasons.add_metric([*name, reason], 1.0)
-    yield from (up, power, limit, clock, locked, temperature, busy, energy, reasons)
+        for alarm in gpu.alarms:
+            alarms.add_metric([*name, alarm], 1.0)
+    yield from (up, power, limit, clock, locked, temperature, busy, energy, drift, alarms, reasons)
 
 
 def _instances(sample: Sample) -> Iterator[Metric]:

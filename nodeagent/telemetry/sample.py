@@ -20,6 +20,10 @@ class GpuSample:
     energy_j: float | None
     energy_is_integrated: bool
     locked_mhz: int | None
+    drift_mhz: int | None = None
+    """SM clock outside the lock: above positive, below negative; None without a lock."""
+    alarms: tuple[str, ...] = ()
+    """What an operator should look at (control/drift.py)."""
 
     @property
     def healthy(self) -> bool:

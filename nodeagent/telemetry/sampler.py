@@ -13,6 +13,7 @@ from common.clock import Clock
 from common.logs import get_logger
 from nodeagent.config import TelemetryConfig
 from nodeagent.control.controls import Controls
+from nodeagent.control.drift import drift_mhz
 from nodeagent.engine.instances import Instances
 from nodeagent.gpu.driver import GpuError, GpuReading
 from nodeagent.gpu.inventory import Inventory
@@ -79,5 +80,17 @@ class Sampler:
             reading = GpuReading()
         meter = self._meters.setdefault(worker.uuid, EnergyMeter())
         energy_j, integrated = meter.update(reading.energy_counter_j, reading.power_w, self._clock.monotonic_s())
-        locked_mhz = self._controls.locked_mhz(worker.uuid)
-        return GpuSample(worker.uuid, worker.index, worker.health, reading, energy_j, integrated, locked_mhz)
+        alarms = self._controls.observe(worker, reading)
+        lock = self._controls.locked(worker.uuid)
+        drift = None if lock is None or reading.sm_mhz is None else drift_mhz(reading.sm_mhz, lock)
+        return GpuSample(
+            worker.uuid,
+            worker.index,
+            worker.health,
+            reading,
+            energy_j,
+            integrated,
+            None if lock is None else lock.max_mhz,
+            drift,
+            alarms,
+        )

@@ -13,7 +13,12 @@ from rich.table import Table
 from common.errors import UserError, exit_on_user_error
 from simulator.bench.metric import Metric, report
 
-MODULES = {"simulator": "simulator.bench.twin", "ledger": "simulator.bench.study"}
+# The agent's benchmark stands with the tests whose emulated host it drives.
+MODULES = {
+    "simulator": "simulator.bench.twin",
+    "ledger": "simulator.bench.study",
+    "nodeagent": "tests.bench_nodeagent",
+}
 
 app = typer.Typer(add_completion=False)
 

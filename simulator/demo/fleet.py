@@ -167,6 +167,7 @@ def _make_host(node_id: str, folder: Path, port: int, physics: str) -> Host:
             listen=ListenConfig(unix_socket="", tcp=host.agent),
             telemetry=TelemetryConfig(interval_s=0.25),
             engine=EngineConfig(
+                launcher="process",
                 command=(sys.executable, "-m", "simulator.host.vllm"),
                 env={START_VARIABLE: str(ENGINE_START_S), PHYSICS_VARIABLE: physics},
             ),

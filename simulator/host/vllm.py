@@ -33,9 +33,11 @@ from simulator.host.vllm_api import Api
 from simulator.host.vllm_gpus import EXIT_START_FAILED, GpuGroup
 from simulator.host.vllm_loop import RealTimeEngine
 from simulator.host.vllm_metrics import EngineMetrics
+from simulator.host.vllm_sleep import SleepMode
 from simulator.physics import Physics
 
 PROGRAM = "vllm"
+DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
 START_VARIABLE = "DYNAMOLLM_EMULATED_START_S"
 PHYSICS_VARIABLE = "DYNAMOLLM_PHYSICS"
 DEFAULT_START_S = 60.0
@@ -59,6 +61,7 @@ class ServeOptions:
     max_model_len: int | None
     gpu_memory_utilization: float
     uvicorn_log_level: str
+    sleep_mode: bool
 
 
 @app.callback()
@@ -104,6 +107,7 @@ def serve(
         max_model_len=_length(max_model_len),
         gpu_memory_utilization=gpu_memory_utilization,
         uvicorn_log_level=uvicorn_log_level,
+        sleep_mode=enable_sleep_mode and os.environ.get(DEV_MODE_VARIABLE) == "1",
     )
     raise SystemExit(run(options, time.monotonic()))
 
@@ -128,13 +132,14 @@ def run(options: ServeOptions, started_s: float) -> int:
             port = listener.getsockname()[1]
             gpus.load(options.gpu_memory_utilization)
             log.info("loading", model=options.model, tp=options.tp, physics=physics.variant, seconds=start_s)
-            return uvloop.run(_main(options, engine, gpus, max_model_len, listener, port, started_s + start_s))
+            return uvloop.run(_main(options, physics, engine, gpus, max_model_len, listener, port, started_s + start_s))
     finally:
         gpus.release()
 
 
 async def _main(
     options: ServeOptions,
+    physics: Physics,
     engine: Engine,
     gpus: GpuGroup,
     max_model_len: int,
@@ -147,7 +152,9 @@ async def _main(
     gpus.rest()
     metrics = EngineMetrics(engine, options.served_names[0], max_model_len, options.gpu_memory_utilization)
     real_time = RealTimeEngine(engine, gpus, metrics)
-    api = Api(real_time, metrics, options.served_names, options.model, max_model_len)
+    weight_bytes = int(physics.parameters.weight_bytes)
+    sleep = SleepMode(real_time, gpus, weight_bytes, os.environ) if options.sleep_mode else None
+    api = Api(real_time, metrics, options.served_names, options.model, max_model_len, sleep)
     config = uvicorn.Config(
         api,
         http="httptools",

@@ -11,11 +11,14 @@ import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
+from urllib.parse import parse_qs
 
 from simulator.host.vllm_loop import Job, RealTimeEngine
 from simulator.host.vllm_metrics import EngineMetrics
 from simulator.host.vllm_protocol import DONE, EMULATED_VERSION, Answer, ApiError, Ask, engine_stopped, parse
+from simulator.host.vllm_sleep import SleepError, SleepMode
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -81,6 +84,7 @@ class Api:
         models: tuple[str, ...],
         root: str,
         max_model_len: int,
+        sleep: SleepMode | None = None,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
@@ -96,6 +100,12 @@ class Api:
             "/v1/completions": ("POST", self._complete),
             "/v1/chat/completions": ("POST", self._chat),
         }
+        if sleep is not None:
+            self._routes |= {
+                "/sleep": ("POST", partial(_sleep, sleep)),
+                "/wake_up": ("POST", partial(_wake_up, sleep)),
+                "/is_sleeping": ("GET", partial(_is_sleeping, sleep)),
+            }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -191,6 +201,32 @@ class Api:
         finally:
             gone.cancel()
             self._engine.abort(answer.request_id)
+
+
+async def _sleep(mode: SleepMode, scope: Scope, receive: Receive, send: Send) -> None:
+    query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+    if query.get("level", ["1"]) != ["1"] or query.get("mode", ["abort"]) != ["wait"]:
+        await _answer(send, 422, b'{"detail":"The emulated engine sleeps with level=1 and mode=wait only."}')
+        return
+    try:
+        await mode.sleep()
+    except SleepError as error:
+        await _answer(send, 500, json.dumps({"detail": str(error)}).encode())
+    else:
+        await _answer(send, 200, b'{"status":"sleeping","level":1}')
+
+
+async def _wake_up(mode: SleepMode, scope: Scope, receive: Receive, send: Send) -> None:
+    try:
+        await mode.wake_up()
+    except SleepError as error:
+        await _answer(send, 500, json.dumps({"detail": str(error)}).encode())
+    else:
+        await _answer(send, 200, b'{"status":"awake","tags":null}')
+
+
+async def _is_sleeping(mode: SleepMode, scope: Scope, receive: Receive, send: Send) -> None:
+    await _answer(send, 200, json.dumps({"is_sleeping": mode.asleep}, separators=(",", ":")).encode())
 
 
 async def _wait_until_gone(receive: Receive, collected: _Collected) -> None:

@@ -17,6 +17,8 @@ from simulator.iteration import Iteration
 from simulator.physics import Physics
 
 EXIT_START_FAILED = 1
+CONTEXT_BYTES = 1536 << 20
+"""What a sleeping engine keeps on each GPU: CUDA context, NCCL buffers, graphs (about 1 to 2 GiB by vLLM's reports)."""
 
 
 class GpuGroup:
@@ -28,6 +30,7 @@ class GpuGroup:
         self._host = host
         self.indices = indices
         self._working = False
+        self._held_bytes = 0
 
     @classmethod
     def from_environment(cls, physics: Physics, tp: int, environment: Mapping[str, str]) -> Self:
@@ -60,9 +63,10 @@ class GpuGroup:
         host = self._host
         if host is None:
             return
+        self._held_bytes = int(memory_share * host.memory_bytes)
         for index in self.indices:
             try:
-                host.attach_process(index, os.getpid(), int(memory_share * host.memory_bytes))
+                host.attach_process(index, os.getpid(), self._held_bytes)
             except GpuMemoryError as error:
                 raise UserError(
                     f"GPU {host.uuids[index]}: {error}.",
@@ -102,6 +106,32 @@ class GpuGroup:
             for index in self.indices:
                 self._host.set_activity(index, 0.0)
         self._working = False
+
+    def offload(self) -> None:
+        """Keeps nothing but the contexts: what vLLM's sleep mode leaves on a GPU."""
+        self._hold(CONTEXT_BYTES)
+
+    def take_back(self) -> None:
+        """The memory as before `offload`. Raises GpuMemoryError when others hold it; nothing is taken then."""
+        self._hold(self._held_bytes)
+
+    def _hold(self, used_bytes: int) -> None:
+        if self._host is None:
+            return
+        for index in self.indices:
+            try:
+                self._host.attach_process(index, os.getpid(), used_bytes)
+            except GpuMemoryError:
+                for taken in self.indices[: self.indices.index(index)]:
+                    self._host.attach_process(taken, os.getpid(), CONTEXT_BYTES)
+                raise
+
+    def copy_power(self) -> None:
+        """Shows the copy between host and GPU: what loading draws."""
+        if self._host is not None:
+            for index in self.indices:
+                self._host.set_activity(index, self._physics.loading_w)
+        self._working = True
 
     def release(self) -> None:
         """Gives memory and context back."""

@@ -59,6 +59,8 @@ class RealTimeEngine:
         self._end_s = 0.0
         self._wake = asyncio.Event()
         self._stopped = False
+        self._paused = False
+        self._at_rest = asyncio.Event()
         # One offset for all stamps: monotonic differences stay exact when the wall clock steps.
         self._epoch_s = time.time() - time.monotonic()
 
@@ -89,6 +91,20 @@ class RealTimeEngine:
             job.listener.failed()
         self._wake.set()
 
+    async def pause(self) -> None:
+        """Ends when all that runs is done; what comes later waits for `resume`."""
+        self._paused = True
+        self._at_rest.clear()
+        self._wake.set()
+        await self._at_rest.wait()
+
+    def resume(self) -> None:
+        """Goes on with what has waited; no iteration begins before now."""
+        self._paused = False
+        self._at_rest.clear()
+        self._end_s = max(self._end_s, time.monotonic())
+        self._wake.set()
+
     async def run(self) -> None:
         """Until `stop`."""
         behind = 0
@@ -96,7 +112,10 @@ class RealTimeEngine:
             while not self._stopped:
                 iteration = self._begin()
                 if iteration is None:
-                    self._gpus.rest()
+                    if not self._at_rest.is_set():  # asleep, others say what its GPUs do
+                        self._gpus.rest()
+                    if self._paused:
+                        self._at_rest.set()
                     self._wake.clear()
                     await self._wake.wait()
                     continue
@@ -117,9 +136,12 @@ class RealTimeEngine:
 
     def _begin(self) -> Iteration | None:
         """The next iteration with everything that had arrived when it begins."""
+        if self._paused and self._engine.idle:
+            self._metrics.queued_outside = len(self._inbox)
+            return None
         if self._engine.idle and self._inbox:
             self._end_s = max(self._end_s, self._inbox[0][0])
-        while self._inbox and self._inbox[0][0] <= self._end_s:
+        while not self._paused and self._inbox and self._inbox[0][0] <= self._end_s:
             arrived_s, job = self._inbox.popleft()
             self._engine.add(job.request_id, job.input_tokens, job.output_tokens, arrived_s)
         self._metrics.queued_outside = len(self._inbox)

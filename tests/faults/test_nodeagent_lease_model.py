@@ -7,6 +7,7 @@ controls over fake GPUs and a virtual clock. The GPUs outlive the agents, as rea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
@@ -21,14 +22,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prometheus_client import CollectorRegistry
 
 from common.clock import VirtualClock
+from nodeagent.audit import AuditLog
 from nodeagent.config import ControlsConfig
+from nodeagent.control.caps import load as load_caps
+from nodeagent.control.caps import recover_caps
 from nodeagent.control.controls import Controls
 from nodeagent.control.fence import Fence
+from nodeagent.control.guard import Guard
+from nodeagent.control.guard_rules import SloBoost, WattsFloor
+from nodeagent.control.guard_rules import load as load_guard
+from nodeagent.control.journal import JournalUnreadable
+from nodeagent.control.journal import load as load_journal
 from nodeagent.control.leases import Owner, OwnerKind
 from nodeagent.control.recovery import recover_journal
 from nodeagent.control.results import Code, Wish
-from nodeagent.control.settings import ClockLock, PowerLimit, Setting
-from nodeagent.errors import Precondition
+from nodeagent.control.settings import ClockLock, MemoryClockLock, PowerLimit, Setting
+from nodeagent.engine.vllm import EngineReading
+from nodeagent.errors import Precondition, Unavailable
 from nodeagent.gpu.driver import GpuError, GpuPermission
 from nodeagent.gpu.inventory import Inventory
 from nodeagent.telemetry.metrics import AgentMetrics
@@ -36,6 +46,8 @@ from tests.fakegpu import FakeDriver
 
 T = TypeVar("T")
 RETRY_S = 1.0
+FLOOR_W = 310.0
+EXAMPLES = int(os.environ.get("DYNAMOLLM_MODEL_EXAMPLES", "1000"))
 
 
 class LeaseModel(RuleBasedStateMachine):
@@ -54,6 +66,11 @@ class LeaseModel(RuleBasedStateMachine):
             gpu.limit_w = watts
         self.may_hold_until: dict[tuple[int, type], float] = {}
         self.operator_until: dict[tuple[int, type], float] = {}
+        self.caps_w: dict[tuple[int, OwnerKind], float] = {}
+        self.tripped = False
+        self.was_faulty: set[int] = set()
+        self.waiting = 0
+        self.pinned_until = 0.0
         self.term = 0
         self.patch = pytest.MonkeyPatch()
         self.inventory: Inventory | None = None
@@ -66,19 +83,51 @@ class LeaseModel(RuleBasedStateMachine):
         self.start_agent("boot-1")
 
     def start_agent(self, boot_id: str) -> None:
+        if self.inventory is not None and (self.guard.unsaved or self.controls.caps_unrecorded):
+            # The one thing a full disk costs: an emergency cap that had to go without a record is left in force by a
+            # kill, and the next agent takes it for the limit that was always there.
+            on_file = {cap.gpu_uuid for cap in load_caps(self.path / "caps.json", boot_id)}
+            for index, gpu in enumerate(self.driver.gpus):
+                if self.capped(index) and gpu.uuid not in on_file:
+                    self.found_w[index] = gpu.limit_w
+            self.tripped = load_guard(self.path / "guard.json").tripped
         self.boot_id = boot_id
         if self.inventory is not None:
             self.inventory.close()
         self.inventory = Inventory(self.driver, call_deadline_s=30.0)
         self.run(self.inventory.open())
-        journal = recover_journal(self.path / "journal.json", boot_id, self.inventory, self.clock)
+        caps = self.run(recover_caps(self.path / "caps.json", boot_id, self.inventory, self.clock))
+        path = self.path / "journal.json"
+        try:
+            load_journal(path)
+        except JournalUnreadable:
+            # What was found before the first write is lost with the journal: from here on it is the driver's default,
+            # but for a GPU with a cap, whose own record knows it still.
+            self.found_w = [caps.found_w().get(gpu.uuid, 700.0) for gpu in self.driver.gpus]
+        journal = recover_journal(path, boot_id, self.inventory, self.clock, caps.found_w())
         config = ControlsConfig(restore_retry_s=RETRY_S, stop_deadline_s=0.02)
         metrics = AgentMetrics(CollectorRegistry())
         self.fence = Fence(self.path / "term.json", self.clock)
-        self.controls = Controls(self.inventory, journal, self.fence, self.clock, config, metrics)
+        self.controls = Controls(self.inventory, journal, caps, self.fence, self.clock, config, metrics)
         self.run(self.controls.sweep())
         self.may_hold_until.clear()
         self.operator_until.clear()
+        self.pinned_until = 0.0
+
+        async def engines() -> dict[str, tuple[tuple[str, ...], EngineReading | None]]:
+            return {"a": ((self.driver.gpus[0].uuid,), EngineReading(1, self.waiting))}
+
+        audit = AuditLog(self.path / "audit.log", self.clock, 1 << 16)
+        self.guard = Guard(
+            self.path / "guard.json", self.controls, self.fence, self.inventory, engines, self.clock, metrics, audit
+        )
+        self.run(self.guard.start())
+        self.tripped = self.tripped or self.guard.state.tripped
+        assert self.guard.state.tripped == self.tripped, "the watts floor was forgotten"
+        if not self.guard.state.watts_floor.enabled:
+            rules = (SloBoost(enabled=True, max_waiting=3, hold_s=20.0), WattsFloor(enabled=True, limit_w=FLOOR_W))
+            with contextlib.suppress(Unavailable):
+                self.run(self.guard.set_rules(*rules, "model", "model"))
 
     def healthy(self, index: int) -> bool:
         return self.driver.gpus[index].fault is None
@@ -86,7 +135,9 @@ class LeaseModel(RuleBasedStateMachine):
     @rule(
         gpu=st.integers(0, 1),
         setting=st.one_of(
-            st.integers(200, 2100).map(lambda mhz: ClockLock(mhz, mhz)), st.floats(150, 750).map(PowerLimit)
+            st.integers(200, 2100).map(lambda mhz: ClockLock(mhz, mhz)),
+            st.integers(1500, 3000).map(lambda mhz: MemoryClockLock(mhz, mhz)),
+            st.floats(150, 750).map(PowerLimit),
         ),
         ttl_s=st.floats(0.5, 60.0),
         term=st.integers(0, 6),
@@ -105,7 +156,8 @@ class LeaseModel(RuleBasedStateMachine):
             return
         assert term >= self.term
         self.term = term
-        if self.operator_until.get(key, 0.0) > self.clock.now_s:
+        pinned = gpu == 0 and not isinstance(setting, PowerLimit) and self.pinned_until > self.clock.now_s
+        if pinned or self.operator_until.get(key, 0.0) > self.clock.now_s:
             assert result.code in (Code.HELD, Code.DRIVER_ERROR)
             return
         if result.code is Code.APPLIED:
@@ -117,6 +169,8 @@ class LeaseModel(RuleBasedStateMachine):
         target = self.driver.gpus[gpu]
         if isinstance(applied, ClockLock):
             assert target.lock_mhz == (applied.min_mhz, applied.max_mhz)
+        elif isinstance(applied, MemoryClockLock):
+            assert target.memory_lock_mhz == (applied.min_mhz, applied.max_mhz)
         else:
             assert isinstance(applied, PowerLimit)
             assert target.limit_w == applied.limit_w
@@ -126,6 +180,9 @@ class LeaseModel(RuleBasedStateMachine):
         wish = Wish(self.driver.gpus[gpu].uuid, ClockLock(mhz, mhz))
         (result,) = self.run(self.controls.apply(Owner(OwnerKind.OPERATOR, "ada"), "model", ttl_s, 0, [wish]))
         key = (gpu, ClockLock)
+        if gpu == 0 and self.pinned_until > self.clock.now_s:
+            assert result.code is Code.HELD
+            return
         if result.code is Code.APPLIED:
             self.in_force(gpu, result.applied)
             self.may_hold_until[key] = self.operator_until[key] = self.clock.now_s + ttl_s
@@ -134,9 +191,60 @@ class LeaseModel(RuleBasedStateMachine):
             self.may_hold_until.pop(key, None)
             self.operator_until.pop(key, None)
 
+    @rule(gpu=st.integers(0, 1), watts=st.floats(200, 700), ttl_s=st.floats(0.5, 60.0), operator=st.booleans())
+    def somebody_protects_a_breaker(self, gpu: int, watts: float, ttl_s: float, operator: bool) -> None:
+        kind = OwnerKind.OPERATOR if operator else OwnerKind.CONTROLLER
+        owner = Owner(kind, f"ctl-{self.term}")
+        wish = Wish(self.driver.gpus[gpu].uuid, PowerLimit(watts, protects=True))
+        (result,) = self.run(self.controls.apply(owner, "model", ttl_s, self.term, [wish]))
+        if result.code is Code.APPLIED:
+            self.may_hold_until.pop((gpu, PowerLimit), None)
+            assert self.driver.gpus[gpu].limit_w <= watts + 1e-9
+        # What could not be written stands all the same, once it is on record.
+        on_record = any(
+            (cap.gpu_uuid, cap.owner.kind) == (wish.gpu_uuid, kind) and cap.limit_w == watts
+            for cap in self.controls.standing_caps
+        )
+        assert on_record or result.code is not Code.APPLIED
+        if on_record:
+            self.caps_w[gpu, kind] = watts
+
+    @rule()
+    def the_floor_trips(self) -> None:
+        if self.guard.state.watts_floor.enabled:
+            self.run(self.guard.trip("model"))
+            self.tripped = True
+
+    @rule()
+    def the_floor_is_lifted(self) -> None:
+        try:
+            self.run(self.guard.lift("model"))
+            self.tripped = False
+        except Unavailable:
+            assert self.guard.state.tripped == self.tripped
+
+    @rule(waiting=st.integers(0, 6))
+    def an_engine_is_looked_at(self, waiting: int) -> None:
+        self.waiting = waiting
+        before = self.driver.gpus[0].limit_w
+        self.run(self.guard.look_at_engines())
+        if waiting > 3 and self.guard.state.slo_boost.enabled:
+            self.pinned_until = self.clock.now_s + 20.0
+            for kind in (ClockLock, MemoryClockLock):
+                self.may_hold_until.pop((0, kind), None)
+                self.operator_until.pop((0, kind), None)
+            if self.healthy(0):
+                assert self.driver.gpus[0].lock_mhz is None
+                assert self.driver.gpus[0].memory_lock_mhz is None
+        assert self.driver.gpus[0].limit_w == before, "the boost touched a power limit"
+
     @rule(kind=st.sampled_from([OwnerKind.CONTROLLER, OwnerKind.OPERATOR]))
     def somebody_releases(self, kind: OwnerKind) -> None:
         self.run(self.controls.release(Owner(kind, f"ctl-{self.term}"), self.term, [], "model"))
+        standing = {(cap.gpu_uuid, cap.owner.kind) for cap in self.controls.standing_caps}
+        for gpu, holder in list(self.caps_w):
+            if holder is kind and (self.driver.gpus[gpu].uuid, holder) not in standing:
+                del self.caps_w[gpu, holder]
         for key in list(self.may_hold_until):
             operators = self.operator_until.get(key, 0.0) > self.clock.now_s
             if operators == (kind is OwnerKind.OPERATOR):
@@ -146,17 +254,23 @@ class LeaseModel(RuleBasedStateMachine):
     @rule(seconds=st.floats(0.01, 40.0))
     def time_passes(self, seconds: float) -> None:
         self.clock.advance(seconds)
+        self.run(self.guard.tick())
         self.run(self.controls.sweep())
 
     @rule(gpu=st.integers(0, 1), unknown=st.booleans(), takes_effect=st.booleans())
     def driver_begins_to_fail(self, gpu: int, unknown: bool, takes_effect: bool) -> None:
         target = self.driver.gpus[gpu]
+        self.was_faulty.add(gpu)
         target.fault = GpuError("unknown error") if unknown else GpuPermission("no permission")
         target.applies_before_fault = unknown and takes_effect
 
     @rule(gpu=st.integers(0, 1))
     def driver_works_again(self, gpu: int) -> None:
         self.driver.gpus[gpu].fault = None
+        self.clock.advance(RETRY_S)
+        self.run(self.guard.tick())
+        self.run(self.controls.sweep())
+        self.was_faulty.discard(gpu)
 
     @rule()
     def disk_fills_up(self) -> None:
@@ -164,6 +278,7 @@ class LeaseModel(RuleBasedStateMachine):
             raise OSError(28, "No space left on device")
 
         self.patch.setattr("nodeagent.control.journal.write_durably", full)
+        self.patch.setattr("nodeagent.control.guard.write_durably", full)
 
     @rule()
     def disk_has_room(self) -> None:
@@ -179,23 +294,29 @@ class LeaseModel(RuleBasedStateMachine):
         for index, gpu in enumerate(self.driver.gpus):
             if self.healthy(index):
                 assert gpu.lock_mhz is None
-                assert gpu.limit_w == self.found_w[index]
+                assert gpu.memory_lock_mhz is None
+                if not self.capped(index):
+                    assert gpu.limit_w == self.found_w[index]
         self.start_agent(self.boot_id)
+
+    def capped(self, index: int) -> bool:
+        """Whether anything keeps this GPU's limit down for good."""
+        uuid = self.driver.gpus[index].uuid
+        return any(cap.gpu_uuid == uuid for cap in self.controls.standing_caps)
 
     @precondition(lambda self: all(self.healthy(index) for index in range(2)))
     @rule(part=st.floats(0, 0.99))
     def agent_dies_and_the_journal_is_cut(self, part: float) -> None:
         path = self.path / "journal.json"
-        if not path.exists():
+        if not path.exists() or self.controls.caps_unrecorded or self.guard.unsaved:
             return
         whole = path.read_bytes()
         path.write_bytes(whole[: int(part * len(whole))])
-        # What was found before the first write is lost with the journal: from here on it is the driver's default.
-        self.found_w = [700.0, 700.0]
         self.start_agent(self.boot_id)
-        for gpu in self.driver.gpus:
+        for index, gpu in enumerate(self.driver.gpus):
             assert gpu.lock_mhz is None
-            assert gpu.limit_w == 700.0
+            assert gpu.memory_lock_mhz is None
+            assert gpu.limit_w == 700.0 or self.capped(index)
 
     @invariant()
     def nothing_outlives_its_lease(self) -> None:
@@ -204,11 +325,24 @@ class LeaseModel(RuleBasedStateMachine):
         for index, gpu in enumerate(self.driver.gpus):
             for kind, name, moved in (
                 (ClockLock, "clock_lock", gpu.lock_mhz is not None),
-                (PowerLimit, "power_limit", gpu.limit_w != self.found_w[index]),
+                (MemoryClockLock, "memory_clock_lock", gpu.memory_lock_mhz is not None),
+                (PowerLimit, "power_limit", gpu.limit_w != self.found_w[index] and not self.capped(index)),
             ):
                 live = self.may_hold_until.get((index, kind), 0.0) > self.clock.now_s
                 if moved and not live:
                     assert (gpu.uuid, name) in pending, f"{name} of {gpu.uuid} is moved and nobody knows"
+
+    @invariant()
+    def a_cap_that_protects_stays(self) -> None:
+        """Every cap that was taken on is on record until it is released, and in force on every GPU that can be
+        written: now, or at the next sweep after a fault."""
+        for (index, kind), watts in self.caps_w.items():
+            found = [cap.limit_w for cap in self.controls.standing_caps if cap.key == (f"GPU-{index}", kind)]
+            assert found == [watts], "a cap was forgotten"
+        for index, gpu in enumerate(self.driver.gpus):
+            least = min((cap.limit_w for cap in self.controls.standing_caps if cap.gpu_uuid == gpu.uuid), default=None)
+            if least is not None and self.healthy(index) and index not in self.was_faulty:
+                assert gpu.limit_w <= least + 1e-9, f"GPU {index} is above its cap"
 
     def teardown(self) -> None:
         if self.inventory is None:
@@ -218,10 +352,21 @@ class LeaseModel(RuleBasedStateMachine):
         for gpu in self.driver.gpus:
             gpu.fault = None
         self.clock.advance(200.0 + RETRY_S)
+        self.waiting = 0
+        self.run(self.guard.tick())
         self.run(self.controls.sweep())
-        for gpu, watts in zip(self.driver.gpus, self.found_w, strict=True):
+        self.was_faulty.clear()
+        self.a_cap_that_protects_stays()
+        for index, gpu in enumerate(self.driver.gpus):
             assert gpu.lock_mhz is None
-            assert gpu.limit_w == watts
+            assert gpu.memory_lock_mhz is None
+            assert gpu.limit_w <= FLOOR_W or not self.tripped
+            assert gpu.limit_w == self.found_w[index] or self.capped(index)
+        # And when everybody has let go, every limit is as it was found.
+        self.run(self.guard.lift("the end"))
+        self.run(self.controls.release(Owner(OwnerKind.OPERATOR, "ada"), 0, [gpu.uuid for gpu in self.driver.gpus], ""))
+        for index, gpu in enumerate(self.driver.gpus):
+            assert gpu.limit_w == self.found_w[index]
         assert self.controls.unrestored() == []
         assert Fence(self.path / "term.json", self.clock).term == self.term
         self.inventory.close()
@@ -230,7 +375,8 @@ class LeaseModel(RuleBasedStateMachine):
         shutil.rmtree(self.path)
 
 
+# Each example is a life of 25 steps; 1,000 of them take about half a minute.
 TestLeaseModel = LeaseModel.TestCase
 TestLeaseModel.settings = settings(
-    max_examples=200, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=EXAMPLES, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -8,60 +8,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from common.clock import VirtualClock
 from nodeagent.config import ControlsConfig
-from nodeagent.control.controls import Controls
-from nodeagent.control.fence import Fence
-from nodeagent.control.journal import Journal, load
 from nodeagent.control.leases import Owner, OwnerKind
-from nodeagent.control.recovery import recover_journal
-from nodeagent.control.results import Code, Result, Wish
+from nodeagent.control.results import Code, Wish
 from nodeagent.control.settings import ClockLock, ControlKey, ControlKind, PowerLimit, Setting
 from nodeagent.errors import Invalid, Precondition, Unavailable
 from nodeagent.files import write_durably
 from nodeagent.gpu.driver import GpuError, GpuPermission
-from nodeagent.gpu.inventory import Inventory
-from nodeagent.telemetry.metrics import AgentMetrics
+from tests.controlrig import CONTROLLER, OPERATOR, Rig
 from tests.fakegpu import FakeDriver, FakeGpu
 
-CONTROLLER = Owner(OwnerKind.CONTROLLER, "ctl-1")
-OPERATOR = Owner(OwnerKind.OPERATOR, "ada")
 WRITE = "nodeagent.control.journal.write_durably"
-
-
-class Rig:
-    """Controls over fake GPUs, a virtual clock and a real state directory."""
-
-    def __init__(self, path: Path, driver: FakeDriver, config: ControlsConfig | None = None) -> None:
-        self.path, self.driver, self.clock = path, driver, VirtualClock()
-        self.config = config or ControlsConfig(stop_deadline_s=1.0)
-        self.inventory = Inventory(driver, call_deadline_s=5.0)
-
-    async def open(self, boot_id: str = "boot-1") -> Rig:
-        await self.inventory.open()
-        self.journal: Journal = recover_journal(self.path / "journal.json", boot_id, self.inventory, self.clock)
-        self.fence = Fence(self.path / "term.json", self.clock)
-        metrics = AgentMetrics(CollectorRegistry())
-        self.controls = Controls(self.inventory, self.journal, self.fence, self.clock, self.config, metrics)
-        return self
-
-    async def apply(
-        self, *settings: Setting, gpu: int = 0, owner: Owner = CONTROLLER, ttl_s: float = 15.0, term: int = 1
-    ) -> list[Result]:
-        wishes = [Wish(self.driver.gpus[gpu].uuid, setting) for setting in settings]
-        return await self.controls.apply(owner, "test", ttl_s, term, wishes)
-
-    async def lock(self, mhz: int = 990, gpu: int = 0, owner: Owner = CONTROLLER, ttl_s: float = 15.0) -> Result:
-        return (await self.apply(ClockLock(mhz, mhz), gpu=gpu, owner=owner, ttl_s=ttl_s))[0]
-
-    async def after(self, seconds: float) -> None:
-        self.clock.advance(seconds)
-        await self.controls.sweep()
-
-    def on_disk(self) -> list[ControlKey]:
-        return [intent.key for intent in load(self.path / "journal.json")[1]]
 
 
 @pytest.fixture
@@ -82,8 +40,8 @@ async def test_a_lock_is_clamped_written_and_reported(rig: Rig) -> None:
     assert result.applied == ClockLock(990, 1980)
     assert result.observed.sm_mhz == 1980
     assert gpu(rig).lock_mhz == (990, 1980)
-    assert rig.controls.locked_mhz("GPU-0") == 1980
-    assert rig.controls.locked_mhz("GPU-1") is None
+    assert rig.controls.locked("GPU-0") == ClockLock(990, 1980)
+    assert rig.controls.locked("GPU-1") is None
 
 
 async def test_the_journal_is_on_disk_before_the_write(rig: Rig) -> None:
@@ -125,7 +83,7 @@ async def test_repeating_a_lock_renews_it_without_a_write(rig: Rig) -> None:
 async def test_after_a_restore_the_same_lock_is_written_again(rig: Rig) -> None:
     await rig.lock(ttl_s=10.0)
     await rig.after(10.0)
-    assert rig.controls.locked_mhz("GPU-0") is None
+    assert rig.controls.locked("GPU-0") is None
     await rig.lock(ttl_s=10.0)
     assert gpu(rig).lock_mhz == (990, 990)
 
@@ -398,7 +356,7 @@ class TestNextStart:
         gpu(rig, 1).limit_w = 300.0
         (rig.path / "journal.json").write_bytes(content)
         heir = await Rig(rig.path, rig.driver).open()
-        assert len(heir.on_disk()) == 4  # a crash right here must not look like "nothing to restore"
+        assert len(heir.on_disk()) == 6  # a crash right here must not look like "nothing to restore"
         await heir.controls.sweep()
         assert [fake.lock_mhz for fake in rig.driver.gpus] == [None, None]
         assert [fake.limit_w for fake in rig.driver.gpus] == [700.0, 700.0]

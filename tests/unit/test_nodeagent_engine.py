@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import socket
@@ -16,11 +18,14 @@ import pytest
 
 from common.clock import VirtualClock
 from nodeagent.config import EngineConfig
-from nodeagent.engine.command import check_spec, command_line, free_port
+from nodeagent.engine.command import check_spec, command_line, environment, free_port, memory_share
 from nodeagent.engine.launcher import Launch, LaunchFailed, ProcessId
 from nodeagent.engine.lifecycle import ANSWERING, ENDED, RUNNING, TRANSITIONS, Event, State, follow
 from nodeagent.engine.process import ProcessLauncher
-from nodeagent.engine.records import Record, Records, Spec
+from nodeagent.engine.readahead import ReadAhead, weight_bytes, weight_files
+from nodeagent.engine.records import Nap, NapPhase, Record, Records, Restart, Spec, Step
+from nodeagent.engine.reshard import after_failure, begun, committed, target
+from nodeagent.engine.systemd import environment_file
 from nodeagent.engine.vllm import EngineSilent, parse_metrics
 from nodeagent.errors import Invalid, Precondition
 
@@ -39,6 +44,16 @@ class TestLifecycle:
     def test_only_a_proof_ends_an_instance(self) -> None:
         proofs = {event for (_, event), after in TRANSITIONS.items() if after in ENDED}
         assert proofs == {Event.FREED, Event.FREED_AFTER_FAILURE}
+
+    def test_only_a_drained_engine_falls_asleep_and_it_wakes_into_a_warm_up(self) -> None:
+        assert [before for before, after in TRANSITIONS.items() if after is State.ASLEEP] == [
+            (State.DRAINING, Event.SLEPT)
+        ]
+        assert follow(State.ASLEEP, Event.WAKE) is State.WARMING
+        assert State.ASLEEP not in ANSWERING
+
+    def test_nothing_is_started_anew_before_the_proof(self) -> None:
+        assert [before for (before, event) in TRANSITIONS if event is Event.RELAUNCH] == [State.STOPPING]
 
     def test_only_a_warm_engine_becomes_ready(self) -> None:
         assert {before for before, after in TRANSITIONS.items() if after is State.READY} == {
@@ -66,6 +81,26 @@ class TestRecords:
         assert records.load_all() == saved
         records.remove("a")
         assert records.load_all() == saved[1:]
+
+    def test_a_restart_and_a_sleep_are_kept(self, tmp_path: Path) -> None:
+        records = Records(tmp_path, VirtualClock())
+        restart = Restart("tx", Step.HEALTH, ("GPU-a",), ("GPU-a", "GPU-b"), 1.0, 2.0, back=True, why_back="why")
+        nap = Nap(NapPhase.WAKING, 5, {"GPU-a": 3}, {"GPU-a": 1}, 121.5)
+        saved = self.record().but(restart=restart, nap=nap, workers=(ProcessId(7, 8.5, "a.service"),))
+        records.save(saved)
+        assert records.load_all() == [saved]
+        assert saved.gpus == {"GPU-a", "GPU-b"}
+
+    def test_a_record_of_an_agent_without_them_is_read(self, tmp_path: Path) -> None:
+        records = Records(tmp_path, VirtualClock())
+        records.save(self.record())
+        path = tmp_path / "i-1.json"
+        data = json.loads(path.read_text())
+        for name in ("restart", "nap", "workers"):
+            del data[name]
+        del data["process"]["unit"]
+        path.write_text(json.dumps(data))
+        assert records.load_all() == [self.record()]
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 2}'])
     def test_an_unreadable_record_is_kept_aside(self, tmp_path: Path, content: str) -> None:
@@ -105,6 +140,29 @@ class TestCommandLine:
     def test_a_specification_nobody_can_start_is_refused(self, spec: Spec) -> None:
         with pytest.raises(Invalid):
             check_spec(spec)
+
+    def test_sleep_mode_is_asked_for_by_option_and_environment(self) -> None:
+        config = EngineConfig(sleep_mode=True, env={"X": "1"})
+        assert "--enable-sleep-mode" in command_line(SPEC, 1, config)
+        assert environment(SPEC, config) == {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "X": "1",
+            "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b",
+        }
+        assert "VLLM_SERVER_DEV_MODE" not in environment(SPEC, EngineConfig())
+
+    @pytest.mark.parametrize(
+        ("args", "share"),
+        [
+            ((), 0.92),
+            (("--gpu-memory-utilization", "0.5"), 0.5),
+            (("--gpu-memory-utilization=0.5",), 0.5),
+            (("--seed", "1", "--gpu_memory_utilization=0.4"), 0.4),
+            (("--gpu-memory-utilization",), 0.92),
+        ],
+    )
+    def test_the_share_of_gpu_memory_is_the_engines(self, args: tuple[str, ...], share: float) -> None:
+        assert memory_share(EngineConfig(args=args)) == share
 
     def test_ports_in_use_are_passed_over(self) -> None:
         with socket.socket() as taken:
@@ -174,13 +232,14 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., tuple[ProcessLauncher, Pr
 
     def launch(code: str, token: str = "t") -> tuple[ProcessLauncher, ProcessId]:
         argv = (sys.executable, "-c", code)
-        process = launcher.start(Launch("i", token, argv, {"EXTRA": "1"}, tmp_path / "logs" / "i.log"))
+        launch = Launch("i", token, argv, {"EXTRA": "1"}, tmp_path / "logs" / "i.log")
+        process = asyncio.run(launcher.start(launch))
         started.append(process)
         return launcher, process
 
     yield launch
     for process in started:
-        launcher.kill(process)
+        asyncio.run(launcher.kill(process))
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -202,11 +261,11 @@ class TestProcesses:
     def test_the_end_is_noticed_and_told(self, launched: Callable[..., tuple[ProcessLauncher, ProcessId]]) -> None:
         launcher, process = launched("import sys; sys.exit(3)")
         until(lambda: not launcher.alive(process))
-        assert launcher.exit_text(process) == "exit code 3"
+        assert asyncio.run(launcher.exit_text(process)) == "exit code 3"
         launcher, process = launched(SLEEP)
         os.kill(process.pid, signal.SIGKILL)
         until(lambda: not launcher.alive(process))
-        assert launcher.exit_text(process) == "killed by SIGKILL"
+        assert asyncio.run(launcher.exit_text(process)) == "killed by SIGKILL"
 
     def test_workers_that_outlive_their_leader_are_found_and_killed(
         self, launched: Callable[..., tuple[ProcessLauncher, ProcessId]]
@@ -217,7 +276,7 @@ class TestProcesses:
         until(lambda: not launcher.alive(process))
         (worker,) = launcher.members(process)
         assert worker != process.pid
-        launcher.kill(process)
+        asyncio.run(launcher.kill(process))
         until(lambda: not launcher.members(process))
 
     def test_another_agent_finds_it_by_pid_and_start_or_by_token(
@@ -226,9 +285,9 @@ class TestProcesses:
         _, process = launched(SLEEP, token="only-this-one")
         heir = ProcessLauncher()
         assert heir.alive(process)
-        until(lambda: heir.find("only-this-one") == process)  # not before the child has become the engine
-        assert heir.find("another") is None
-        heir.terminate(process)
+        until(lambda: asyncio.run(heir.find("i", "only-this-one")) == process)  # once it has become the engine
+        assert asyncio.run(heir.find("i", "another")) is None
+        asyncio.run(heir.terminate(process))
         until(lambda: not heir.alive(process))
 
     def test_a_pid_that_was_given_away_again_is_a_stranger(self) -> None:
@@ -237,8 +296,8 @@ class TestProcesses:
             mistaken = ProcessId(stranger.pid, 1.0)
             assert not launcher.alive(mistaken)
             assert launcher.members(mistaken) == frozenset()
-            launcher.terminate(mistaken)
-            launcher.kill(mistaken)
+            asyncio.run(launcher.terminate(mistaken))
+            asyncio.run(launcher.kill(mistaken))
             time.sleep(0.1)
             assert psutil.Process(stranger.pid).status() != psutil.STATUS_ZOMBIE
             stranger.kill()
@@ -246,4 +305,83 @@ class TestProcesses:
     def test_a_missing_program_is_named(self, tmp_path: Path) -> None:
         launch = Launch("i", "t", ("no-such-engine", "serve"), {}, tmp_path / "i.log")
         with pytest.raises(LaunchFailed, match=r"no-such-engine.*engine\.command"):
-            ProcessLauncher().start(launch)
+            asyncio.run(ProcessLauncher().start(launch))
+
+
+class TestRestart:
+    def record(self, **changes: object) -> Record:
+        spec = Spec("i-1", "llama", ("GPU-a",))
+        restart = Restart("tx", Step.HEALTH, ("GPU-a",), ("GPU-b", "GPU-c"), 1.0, 2.0)
+        return Record(spec, State.STARTING, "", "boot", "t", 1, "/log", 0.0, restart=restart).but(**changes)
+
+    def test_it_begins_from_an_engine_that_serves(self) -> None:
+        ready = self.record(state=State.READY, restart=None)
+        restart = begun(ready, ("GPU-b", "GPU-c"), now_s=10.0, drain_s=5.0)
+        assert (restart.step, restart.old_gpus, restart.drain_until_s) == (Step.DRAIN, ("GPU-a",), 15.0)
+        assert target(restart, ready.spec).gpu_uuids == ("GPU-b", "GPU-c")
+        assert target(restart.but(back=True), ready.spec).gpu_uuids == ("GPU-a",)
+        assert begun(ready, ("GPU-a",), 0.0, 1.0).transaction_id != restart.transaction_id
+
+    @pytest.mark.parametrize("state", [state for state in State if state not in (State.READY, State.DRAINING)])
+    def test_nothing_else_is_restarted(self, state: State) -> None:
+        with pytest.raises(Precondition, match=state.value):
+            begun(self.record(state=state, restart=None), ("GPU-b",), 0.0, 1.0)
+
+    def test_a_failure_goes_on_back_or_ends(self) -> None:
+        def after(**changes: object) -> Record:
+            record = self.record()
+            assert record.restart is not None
+            return record.but(**after_failure(record.but(restart=record.restart.but(**changes)), "boom"))
+
+        draining = after(step=Step.DRAIN).restart
+        assert draining is not None
+        assert (draining.step, draining.back) == (Step.STOP, False)
+        for step in (Step.START, Step.HEALTH, Step.WARM):
+            back = after(step=step).restart
+            assert back is not None
+            assert (back.step, back.back, back.why_back) == (Step.STOP, True, "boom")
+            assert "boom" in committed(back)
+        ended = after(step=Step.HEALTH, back=True, why_back="first")
+        assert ended.restart is None
+        assert ended.failed
+        assert "first" in ended.detail
+        assert "boom" in ended.detail
+        assert after_failure(self.record(restart=None), "boom") == {"failed": True}
+
+
+class TestReadAhead:
+    def test_weights_are_read_and_nothing_else(self, tmp_path: Path) -> None:
+        for name, size in (("b.safetensors", 3 << 20), ("a.safetensors", 9 << 20), ("readme.md", 5 << 20)):
+            (tmp_path / name).write_bytes(b"x" * size)
+        assert [path.name for path in weight_files(tmp_path)] == ["a.safetensors", "b.safetensors"]
+        assert weight_bytes(tmp_path) == 12 << 20
+        reader = ReadAhead(tmp_path, 1 << 40)
+        reader.join(20)
+        assert (reader.progress.bytes_read, reader.progress.done) == (12 << 20, True)
+
+    def test_it_stays_within_its_limit_and_can_be_stopped(self, tmp_path: Path) -> None:
+        (tmp_path / "a.gguf").write_bytes(b"x" * (40 << 20))
+        reader = ReadAhead(tmp_path, 10 << 20)
+        reader.join(20)
+        assert reader.progress.bytes_read == 16 << 20  # whole chunks
+        stopped = ReadAhead(tmp_path, 1 << 40)
+        stopped.stop()
+        stopped.join(20)
+        assert not stopped.progress.done
+
+    def test_a_model_that_is_not_there_is_no_trouble(self, tmp_path: Path) -> None:
+        reader = ReadAhead(tmp_path / "gone", 1 << 40)
+        reader.join(20)
+        assert reader.progress.bytes_read == 0
+
+
+class TestUnitEnvironment:
+    def test_the_command_line_is_one_variable(self) -> None:
+        assert environment_file({"A": 'b "c"'}, ("vllm", "serve", "m n")) == (
+            'A="b \\"c\\""\nDYNAMOLLM_ARGV="\\"vllm\\" \\"serve\\" \\"m n\\""\n'
+        )
+
+    @pytest.mark.parametrize("env", [{"A": "b\nc"}, {"A=B": "c"}, {"": "c"}])
+    def test_what_cannot_be_written_is_refused(self, env: dict[str, str]) -> None:
+        with pytest.raises(ValueError, match=r"control characters|not the name"):
+            environment_file(env, ("vllm",))

@@ -39,7 +39,7 @@ from nodeagent.telemetry.stream import SampleStream
 from tests.fakegpu import GRID_MHZ
 
 KEY = ControlKey("GPU-0", ControlKind.CLOCK_LOCK)
-FACTS = GpuFacts("GPU-0", 0, "H100", 80 << 30, GRID_MHZ, 200.0, 700.0, 700.0, False, True, 0)
+FACTS = GpuFacts("GPU-0", 0, "H100", 80 << 30, GRID_MHZ, (1593, 2619), 200.0, 700.0, 700.0, False, True, 0)
 
 
 class TestClamping:

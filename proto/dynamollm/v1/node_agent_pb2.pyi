@@ -67,6 +67,8 @@ class _ControlCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ControlCo
     """Not written: the intent could not be put on disk first."""
     CONTROL_CODE_DRIVER_ERROR: _ControlCode.ValueType  # 10
     CONTROL_CODE_MIG_ENABLED: _ControlCode.ValueType  # 11
+    CONTROL_CODE_FOREIGN_WRITER: _ControlCode.ValueType  # 12
+    """Another program changes this GPU's limits or clocks."""
 
 class ControlCode(_ControlCode, metaclass=_ControlCodeEnumTypeWrapper): ...
 
@@ -87,6 +89,8 @@ CONTROL_CODE_JOURNAL_FAILED: ControlCode.ValueType  # 9
 """Not written: the intent could not be put on disk first."""
 CONTROL_CODE_DRIVER_ERROR: ControlCode.ValueType  # 10
 CONTROL_CODE_MIG_ENABLED: ControlCode.ValueType  # 11
+CONTROL_CODE_FOREIGN_WRITER: ControlCode.ValueType  # 12
+"""Another program changes this GPU's limits or clocks."""
 Global___ControlCode: _TypeAlias = ControlCode  # noqa: Y015
 
 @_typing.final
@@ -483,15 +487,19 @@ class PowerLimit(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LIMIT_W_FIELD_NUMBER: _builtins.int
+    PROTECTS_FIELD_NUMBER: _builtins.int
     limit_w: _builtins.float
+    protects: _builtins.bool
+    """A cap that protects a breaker: when its lease ends it stays, until its owner kind releases it."""
     def __init__(
         self,
         *,
         limit_w: _builtins.float = ...,
+        protects: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit_w", b"limit_w"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit_w", b"limit_w", "protects", b"protects"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -504,23 +512,27 @@ class ControlRequest(_message.Message):
     GPU_UUID_FIELD_NUMBER: _builtins.int
     CLOCK_LOCK_FIELD_NUMBER: _builtins.int
     POWER_LIMIT_FIELD_NUMBER: _builtins.int
+    MEMORY_CLOCK_LOCK_FIELD_NUMBER: _builtins.int
     gpu_uuid: _builtins.str
     @_builtins.property
     def clock_lock(self) -> Global___ClockLock: ...
     @_builtins.property
     def power_limit(self) -> Global___PowerLimit: ...
+    @_builtins.property
+    def memory_clock_lock(self) -> Global___ClockLock: ...
     def __init__(
         self,
         *,
         gpu_uuid: _builtins.str = ...,
         clock_lock: Global___ClockLock | None = ...,
         power_limit: Global___PowerLimit | None = ...,
+        memory_clock_lock: Global___ClockLock | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_lock", b"clock_lock", "control", b"control", "power_limit", b"power_limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_lock", b"clock_lock", "control", b"control", "memory_clock_lock", b"memory_clock_lock", "power_limit", b"power_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_lock", b"clock_lock", "control", b"control", "gpu_uuid", b"gpu_uuid", "power_limit", b"power_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_lock", b"clock_lock", "control", b"control", "gpu_uuid", b"gpu_uuid", "memory_clock_lock", b"memory_clock_lock", "power_limit", b"power_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_control: _TypeAlias = _typing.Literal["clock_lock", "power_limit"]  # noqa: Y015
+    _WhichOneofReturnType_control: _TypeAlias = _typing.Literal["clock_lock", "power_limit", "memory_clock_lock"]  # noqa: Y015
     _WhichOneofArgType_control: _TypeAlias = _typing.Literal["control", b"control"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_control) -> _WhichOneofReturnType_control | None: ...
 
@@ -960,3 +972,432 @@ class WatchInstancesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchInstancesResponse: _TypeAlias = WatchInstancesResponse  # noqa: Y015
+
+@_typing.final
+class RestartInstanceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    GPU_UUIDS_FIELD_NUMBER: _builtins.int
+    DRAIN_DEADLINE_S_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    term: _builtins.int
+    instance_id: _builtins.str
+    drain_deadline_s: _builtins.float
+    """Work that is left after this is lost; 0 means the agent's configured deadline."""
+    reason: _builtins.str
+    @_builtins.property
+    def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The GPUs of the new instance; its tensor parallelism is their number. May overlap the old ones."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        term: _builtins.int = ...,
+        instance_id: _builtins.str = ...,
+        gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
+        drain_deadline_s: _builtins.float = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain_deadline_s", b"drain_deadline_s", "gpu_uuids", b"gpu_uuids", "instance_id", b"instance_id", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartInstanceRequest: _TypeAlias = RestartInstanceRequest  # noqa: Y015
+
+@_typing.final
+class RestartInstanceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    TRANSACTION_ID_FIELD_NUMBER: _builtins.int
+    transaction_id: _builtins.str
+    """Names the transaction in the log and in WatchInstances' detail."""
+    @_builtins.property
+    def instance(self) -> _types_pb2.Instance: ...
+    def __init__(
+        self,
+        *,
+        instance: _types_pb2.Instance | None = ...,
+        transaction_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "transaction_id", b"transaction_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartInstanceResponse: _TypeAlias = RestartInstanceResponse  # noqa: Y015
+
+@_typing.final
+class SleepInstanceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    term: _builtins.int
+    instance_id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        term: _builtins.int = ...,
+        instance_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepInstanceRequest: _TypeAlias = SleepInstanceRequest  # noqa: Y015
+
+@_typing.final
+class SleepInstanceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def instance(self) -> _types_pb2.Instance: ...
+    def __init__(
+        self,
+        *,
+        instance: _types_pb2.Instance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepInstanceResponse: _TypeAlias = SleepInstanceResponse  # noqa: Y015
+
+@_typing.final
+class WakeInstanceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    term: _builtins.int
+    instance_id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        term: _builtins.int = ...,
+        instance_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeInstanceRequest: _TypeAlias = WakeInstanceRequest  # noqa: Y015
+
+@_typing.final
+class WakeInstanceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def instance(self) -> _types_pb2.Instance: ...
+    def __init__(
+        self,
+        *,
+        instance: _types_pb2.Instance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeInstanceResponse: _TypeAlias = WakeInstanceResponse  # noqa: Y015
+
+@_typing.final
+class SloBoostRule(_message.Message):
+    """Releases clocks when the engine is in trouble. Moves in its safe direction only: to full clock."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENABLED_FIELD_NUMBER: _builtins.int
+    MAX_WAITING_FIELD_NUMBER: _builtins.int
+    MAX_TTFT_P99_MS_FIELD_NUMBER: _builtins.int
+    MAX_TOKEN_GAP_P99_MS_FIELD_NUMBER: _builtins.int
+    HOLD_S_FIELD_NUMBER: _builtins.int
+    enabled: _builtins.bool
+    max_waiting: _builtins.float
+    """Each bound trips the rule; unset means not looked at."""
+    max_ttft_p99_ms: _builtins.float
+    max_token_gap_p99_ms: _builtins.float
+    hold_s: _builtins.float
+    """Full clocks are held at least this long."""
+    def __init__(
+        self,
+        *,
+        enabled: _builtins.bool = ...,
+        max_waiting: _builtins.float | None = ...,
+        max_ttft_p99_ms: _builtins.float | None = ...,
+        max_token_gap_p99_ms: _builtins.float | None = ...,
+        hold_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_token_gap_p99_ms", b"_max_token_gap_p99_ms", "_max_ttft_p99_ms", b"_max_ttft_p99_ms", "_max_waiting", b"_max_waiting", "max_token_gap_p99_ms", b"max_token_gap_p99_ms", "max_ttft_p99_ms", b"max_ttft_p99_ms", "max_waiting", b"max_waiting"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_token_gap_p99_ms", b"_max_token_gap_p99_ms", "_max_ttft_p99_ms", b"_max_ttft_p99_ms", "_max_waiting", b"_max_waiting", "enabled", b"enabled", "hold_s", b"hold_s", "max_token_gap_p99_ms", b"max_token_gap_p99_ms", "max_ttft_p99_ms", b"max_ttft_p99_ms", "max_waiting", b"max_waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_token_gap_p99_ms: _TypeAlias = _typing.Literal["max_token_gap_p99_ms"]  # noqa: Y015
+    _WhichOneofArgType__max_token_gap_p99_ms: _TypeAlias = _typing.Literal["_max_token_gap_p99_ms", b"_max_token_gap_p99_ms"]  # noqa: Y015
+    _WhichOneofReturnType__max_ttft_p99_ms: _TypeAlias = _typing.Literal["max_ttft_p99_ms"]  # noqa: Y015
+    _WhichOneofArgType__max_ttft_p99_ms: _TypeAlias = _typing.Literal["_max_ttft_p99_ms", b"_max_ttft_p99_ms"]  # noqa: Y015
+    _WhichOneofReturnType__max_waiting: _TypeAlias = _typing.Literal["max_waiting"]  # noqa: Y015
+    _WhichOneofArgType__max_waiting: _TypeAlias = _typing.Literal["_max_waiting", b"_max_waiting"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_token_gap_p99_ms) -> _WhichOneofReturnType__max_token_gap_p99_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_ttft_p99_ms) -> _WhichOneofReturnType__max_ttft_p99_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_waiting) -> _WhichOneofReturnType__max_waiting | None: ...
+
+Global___SloBoostRule: _TypeAlias = SloBoostRule  # noqa: Y015
+
+@_typing.final
+class WattsFloorRule(_message.Message):
+    """Emergency power caps. Once tripped they stay until lifted by hand."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LimitWByGpuEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ENABLED_FIELD_NUMBER: _builtins.int
+    LIMIT_W_FIELD_NUMBER: _builtins.int
+    LIMIT_W_BY_GPU_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_AGE_S_FIELD_NUMBER: _builtins.int
+    enabled: _builtins.bool
+    limit_w: _builtins.float
+    """Cap of every GPU, or of single ones where named."""
+    heartbeat_age_s: _builtins.float
+    """Trips by itself when no controller has called for this long; 0: only by TripGuard or the local trigger."""
+    @_builtins.property
+    def limit_w_by_gpu(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        enabled: _builtins.bool = ...,
+        limit_w: _builtins.float = ...,
+        limit_w_by_gpu: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        heartbeat_age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enabled", b"enabled", "heartbeat_age_s", b"heartbeat_age_s", "limit_w", b"limit_w", "limit_w_by_gpu", b"limit_w_by_gpu"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WattsFloorRule: _TypeAlias = WattsFloorRule  # noqa: Y015
+
+@_typing.final
+class SetGuardRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    SLO_BOOST_FIELD_NUMBER: _builtins.int
+    WATTS_FLOOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    term: _builtins.int
+    reason: _builtins.str
+    @_builtins.property
+    def slo_boost(self) -> Global___SloBoostRule: ...
+    @_builtins.property
+    def watts_floor(self) -> Global___WattsFloorRule: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        term: _builtins.int = ...,
+        slo_boost: Global___SloBoostRule | None = ...,
+        watts_floor: Global___WattsFloorRule | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["slo_boost", b"slo_boost", "watts_floor", b"watts_floor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "slo_boost", b"slo_boost", "term", b"term", "watts_floor", b"watts_floor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetGuardRequest: _TypeAlias = SetGuardRequest  # noqa: Y015
+
+@_typing.final
+class SetGuardResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def status(self) -> Global___GuardStatus: ...
+    def __init__(
+        self,
+        *,
+        status: Global___GuardStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetGuardResponse: _TypeAlias = SetGuardResponse  # noqa: Y015
+
+@_typing.final
+class GetGuardRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetGuardRequest: _TypeAlias = GetGuardRequest  # noqa: Y015
+
+@_typing.final
+class GetGuardResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def status(self) -> Global___GuardStatus: ...
+    def __init__(
+        self,
+        *,
+        status: Global___GuardStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetGuardResponse: _TypeAlias = GetGuardResponse  # noqa: Y015
+
+@_typing.final
+class GuardStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLO_BOOST_FIELD_NUMBER: _builtins.int
+    WATTS_FLOOR_FIELD_NUMBER: _builtins.int
+    BOOSTING_FIELD_NUMBER: _builtins.int
+    FLOOR_TRIPPED_FIELD_NUMBER: _builtins.int
+    LAST_ACT_FIELD_NUMBER: _builtins.int
+    LAST_ACT_AT_FIELD_NUMBER: _builtins.int
+    boosting: _builtins.bool
+    floor_tripped: _builtins.bool
+    last_act: _builtins.str
+    """One sentence: the last act and why."""
+    @_builtins.property
+    def slo_boost(self) -> Global___SloBoostRule: ...
+    @_builtins.property
+    def watts_floor(self) -> Global___WattsFloorRule: ...
+    @_builtins.property
+    def last_act_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        slo_boost: Global___SloBoostRule | None = ...,
+        watts_floor: Global___WattsFloorRule | None = ...,
+        boosting: _builtins.bool = ...,
+        floor_tripped: _builtins.bool = ...,
+        last_act: _builtins.str = ...,
+        last_act_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_act_at", b"last_act_at", "slo_boost", b"slo_boost", "watts_floor", b"watts_floor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boosting", b"boosting", "floor_tripped", b"floor_tripped", "last_act", b"last_act", "last_act_at", b"last_act_at", "slo_boost", b"slo_boost", "watts_floor", b"watts_floor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GuardStatus: _TypeAlias = GuardStatus  # noqa: Y015
+
+@_typing.final
+class TripGuardRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TRIP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    trip: _builtins.bool
+    """True trips the watts floor, false lifts it."""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        trip: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "trip", b"trip"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TripGuardRequest: _TypeAlias = TripGuardRequest  # noqa: Y015
+
+@_typing.final
+class TripGuardResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def status(self) -> Global___GuardStatus: ...
+    def __init__(
+        self,
+        *,
+        status: Global___GuardStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TripGuardResponse: _TypeAlias = TripGuardResponse  # noqa: Y015

@@ -74,6 +74,36 @@ class NodeAgentStub:
                 request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.StopInstanceRequest.SerializeToString,
                 response_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.StopInstanceResponse.FromString,
                 _registered_method=True)
+        self.RestartInstance = channel.unary_unary(
+                '/dynamollm.v1.NodeAgent/RestartInstance',
+                request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.RestartInstanceRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.RestartInstanceResponse.FromString,
+                _registered_method=True)
+        self.SleepInstance = channel.unary_unary(
+                '/dynamollm.v1.NodeAgent/SleepInstance',
+                request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.SleepInstanceRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.SleepInstanceResponse.FromString,
+                _registered_method=True)
+        self.WakeInstance = channel.unary_unary(
+                '/dynamollm.v1.NodeAgent/WakeInstance',
+                request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.WakeInstanceRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.WakeInstanceResponse.FromString,
+                _registered_method=True)
+        self.SetGuard = channel.unary_unary(
+                '/dynamollm.v1.NodeAgent/SetGuard',
+                request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.SetGuardRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.SetGuardResponse.FromString,
+                _registered_method=True)
+        self.GetGuard = channel.unary_unary(
+                '/dynamollm.v1.NodeAgent/GetGuard',
+                request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.GetGuardRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.GetGuardResponse.FromString,
+                _registered_method=True)
+        self.TripGuard = channel.unary_unary(
+                '/dynamollm.v1.NodeAgent/TripGuard',
+                request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.TripGuardRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.TripGuardResponse.FromString,
+                _registered_method=True)
         self.ListInstances = channel.unary_unary(
                 '/dynamollm.v1.NodeAgent/ListInstances',
                 request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.ListInstancesRequest.SerializeToString,
@@ -144,6 +174,47 @@ class NodeAgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RestartInstance(self, request, context):
+        """Another set of GPUs for the same instance id, as a transaction: drain with proof, stop, prove the GPUs free, start,
+        warm up. Progress comes on WatchInstances; any step that cannot be confirmed ends in quarantine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SleepInstance(self, request, context):
+        """Offloads the weights of an instance that has no work; it keeps its GPUs' contexts and wakes in seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WakeInstance(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetGuard(self, request, context):
+        """The node's own emergency rules; they hold without any controller until they are set anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetGuard(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TripGuard(self, request, context):
+        """Trips or lifts the watts floor by hand.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListInstances(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -199,6 +270,36 @@ def add_NodeAgentServicer_to_server(servicer, server):
                     servicer.StopInstance,
                     request_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.StopInstanceRequest.FromString,
                     response_serializer=dynamollm_dot_v1_dot_node__agent__pb2.StopInstanceResponse.SerializeToString,
+            ),
+            'RestartInstance': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestartInstance,
+                    request_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.RestartInstanceRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_node__agent__pb2.RestartInstanceResponse.SerializeToString,
+            ),
+            'SleepInstance': grpc.unary_unary_rpc_method_handler(
+                    servicer.SleepInstance,
+                    request_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.SleepInstanceRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_node__agent__pb2.SleepInstanceResponse.SerializeToString,
+            ),
+            'WakeInstance': grpc.unary_unary_rpc_method_handler(
+                    servicer.WakeInstance,
+                    request_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.WakeInstanceRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_node__agent__pb2.WakeInstanceResponse.SerializeToString,
+            ),
+            'SetGuard': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetGuard,
+                    request_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.SetGuardRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_node__agent__pb2.SetGuardResponse.SerializeToString,
+            ),
+            'GetGuard': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGuard,
+                    request_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.GetGuardRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_node__agent__pb2.GetGuardResponse.SerializeToString,
+            ),
+            'TripGuard': grpc.unary_unary_rpc_method_handler(
+                    servicer.TripGuard,
+                    request_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.TripGuardRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_node__agent__pb2.TripGuardResponse.SerializeToString,
             ),
             'ListInstances': grpc.unary_unary_rpc_method_handler(
                     servicer.ListInstances,
@@ -427,6 +528,168 @@ class NodeAgent:
             '/dynamollm.v1.NodeAgent/StopInstance',
             dynamollm_dot_v1_dot_node__agent__pb2.StopInstanceRequest.SerializeToString,
             dynamollm_dot_v1_dot_node__agent__pb2.StopInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestartInstance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.NodeAgent/RestartInstance',
+            dynamollm_dot_v1_dot_node__agent__pb2.RestartInstanceRequest.SerializeToString,
+            dynamollm_dot_v1_dot_node__agent__pb2.RestartInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SleepInstance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.NodeAgent/SleepInstance',
+            dynamollm_dot_v1_dot_node__agent__pb2.SleepInstanceRequest.SerializeToString,
+            dynamollm_dot_v1_dot_node__agent__pb2.SleepInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WakeInstance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.NodeAgent/WakeInstance',
+            dynamollm_dot_v1_dot_node__agent__pb2.WakeInstanceRequest.SerializeToString,
+            dynamollm_dot_v1_dot_node__agent__pb2.WakeInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetGuard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.NodeAgent/SetGuard',
+            dynamollm_dot_v1_dot_node__agent__pb2.SetGuardRequest.SerializeToString,
+            dynamollm_dot_v1_dot_node__agent__pb2.SetGuardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGuard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.NodeAgent/GetGuard',
+            dynamollm_dot_v1_dot_node__agent__pb2.GetGuardRequest.SerializeToString,
+            dynamollm_dot_v1_dot_node__agent__pb2.GetGuardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TripGuard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.NodeAgent/TripGuard',
+            dynamollm_dot_v1_dot_node__agent__pb2.TripGuardRequest.SerializeToString,
+            dynamollm_dot_v1_dot_node__agent__pb2.TripGuardResponse.FromString,
             options,
             channel_credentials,
             insecure,

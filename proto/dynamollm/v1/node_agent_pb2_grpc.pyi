@@ -46,6 +46,18 @@ class NodeAgentStub:
     """Drains with proof (nothing running, nothing waiting), then leaves the instance draining."""
     StopInstance: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.StopInstanceRequest, _node_agent_pb2.StopInstanceResponse]
     """Stops a drained instance; with force also one that still has work."""
+    RestartInstance: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.RestartInstanceRequest, _node_agent_pb2.RestartInstanceResponse]
+    """Another set of GPUs for the same instance id, as a transaction: drain with proof, stop, prove the GPUs free, start,
+    warm up. Progress comes on WatchInstances; any step that cannot be confirmed ends in quarantine.
+    """
+    SleepInstance: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.SleepInstanceRequest, _node_agent_pb2.SleepInstanceResponse]
+    """Offloads the weights of an instance that has no work; it keeps its GPUs' contexts and wakes in seconds."""
+    WakeInstance: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.WakeInstanceRequest, _node_agent_pb2.WakeInstanceResponse]
+    SetGuard: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.SetGuardRequest, _node_agent_pb2.SetGuardResponse]
+    """The node's own emergency rules; they hold without any controller until they are set anew."""
+    GetGuard: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.GetGuardRequest, _node_agent_pb2.GetGuardResponse]
+    TripGuard: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.TripGuardRequest, _node_agent_pb2.TripGuardResponse]
+    """Trips or lifts the watts floor by hand."""
     ListInstances: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.ListInstancesRequest, _node_agent_pb2.ListInstancesResponse]
     WatchInstances: _grpc.UnaryStreamMultiCallable[_node_agent_pb2.WatchInstancesRequest, _node_agent_pb2.WatchInstancesResponse]
     """All instances first, then those that changed; a slow reader gets each one's latest state."""
@@ -68,6 +80,18 @@ class NodeAgentAsyncStub(NodeAgentStub):
     """Drains with proof (nothing running, nothing waiting), then leaves the instance draining."""
     StopInstance: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.StopInstanceRequest, _node_agent_pb2.StopInstanceResponse]  # type: ignore[assignment]
     """Stops a drained instance; with force also one that still has work."""
+    RestartInstance: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.RestartInstanceRequest, _node_agent_pb2.RestartInstanceResponse]  # type: ignore[assignment]
+    """Another set of GPUs for the same instance id, as a transaction: drain with proof, stop, prove the GPUs free, start,
+    warm up. Progress comes on WatchInstances; any step that cannot be confirmed ends in quarantine.
+    """
+    SleepInstance: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.SleepInstanceRequest, _node_agent_pb2.SleepInstanceResponse]  # type: ignore[assignment]
+    """Offloads the weights of an instance that has no work; it keeps its GPUs' contexts and wakes in seconds."""
+    WakeInstance: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.WakeInstanceRequest, _node_agent_pb2.WakeInstanceResponse]  # type: ignore[assignment]
+    SetGuard: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.SetGuardRequest, _node_agent_pb2.SetGuardResponse]  # type: ignore[assignment]
+    """The node's own emergency rules; they hold without any controller until they are set anew."""
+    GetGuard: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.GetGuardRequest, _node_agent_pb2.GetGuardResponse]  # type: ignore[assignment]
+    TripGuard: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.TripGuardRequest, _node_agent_pb2.TripGuardResponse]  # type: ignore[assignment]
+    """Trips or lifts the watts floor by hand."""
     ListInstances: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.ListInstancesRequest, _node_agent_pb2.ListInstancesResponse]  # type: ignore[assignment]
     WatchInstances: _aio.UnaryStreamMultiCallable[_node_agent_pb2.WatchInstancesRequest, _node_agent_pb2.WatchInstancesResponse]  # type: ignore[assignment]
     """All instances first, then those that changed; a slow reader gets each one's latest state."""
@@ -135,6 +159,54 @@ class NodeAgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_agent_pb2.StopInstanceResponse, _abc.Awaitable[_node_agent_pb2.StopInstanceResponse]]:
         """Stops a drained instance; with force also one that still has work."""
+
+    @_abc_1.abstractmethod
+    def RestartInstance(
+        self,
+        request: _node_agent_pb2.RestartInstanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_agent_pb2.RestartInstanceResponse, _abc.Awaitable[_node_agent_pb2.RestartInstanceResponse]]:
+        """Another set of GPUs for the same instance id, as a transaction: drain with proof, stop, prove the GPUs free, start,
+        warm up. Progress comes on WatchInstances; any step that cannot be confirmed ends in quarantine.
+        """
+
+    @_abc_1.abstractmethod
+    def SleepInstance(
+        self,
+        request: _node_agent_pb2.SleepInstanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_agent_pb2.SleepInstanceResponse, _abc.Awaitable[_node_agent_pb2.SleepInstanceResponse]]:
+        """Offloads the weights of an instance that has no work; it keeps its GPUs' contexts and wakes in seconds."""
+
+    @_abc_1.abstractmethod
+    def WakeInstance(
+        self,
+        request: _node_agent_pb2.WakeInstanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_agent_pb2.WakeInstanceResponse, _abc.Awaitable[_node_agent_pb2.WakeInstanceResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SetGuard(
+        self,
+        request: _node_agent_pb2.SetGuardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_agent_pb2.SetGuardResponse, _abc.Awaitable[_node_agent_pb2.SetGuardResponse]]:
+        """The node's own emergency rules; they hold without any controller until they are set anew."""
+
+    @_abc_1.abstractmethod
+    def GetGuard(
+        self,
+        request: _node_agent_pb2.GetGuardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_agent_pb2.GetGuardResponse, _abc.Awaitable[_node_agent_pb2.GetGuardResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def TripGuard(
+        self,
+        request: _node_agent_pb2.TripGuardRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_agent_pb2.TripGuardResponse, _abc.Awaitable[_node_agent_pb2.TripGuardResponse]]:
+        """Trips or lifts the watts floor by hand."""
 
     @_abc_1.abstractmethod
     def ListInstances(

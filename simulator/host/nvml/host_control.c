@@ -2,6 +2,7 @@
 #include "host_state.h"
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <string.h>
 
 uint64_t emu_lock(struct emu_host *host, unsigned index) {
@@ -94,6 +95,40 @@ int emu_reset_energy(struct emu_host *host, unsigned index) {
         return -EINVAL;
     emu_begin(host, index, 0)->energy_nj = 0;
     emu_commit(host, index);
+    return 0;
+}
+
+unsigned emu_position(const struct emu_host *host, unsigned gpu) {
+    unsigned position = 0;
+    while (position < host->config.gpu_count && host->order[position] != gpu)
+        position++;
+    return position;
+}
+
+int emu_unload_driver(struct emu_host *host) {
+    if (atomic_load(&host->driver_epoch) % 2 == 0)
+        atomic_fetch_add(&host->driver_epoch, 1);
+    return 0;
+}
+
+int emu_load_driver(struct emu_host *host, const uint32_t *order) {
+    uint32_t seen = 0;
+    if (atomic_load(&host->driver_epoch) % 2 == 0)
+        return -EBUSY;
+    for (unsigned index = 0; index < host->config.gpu_count; index++) {
+        if (order[index] >= host->config.gpu_count || seen >> order[index] & 1)
+            return -EINVAL;
+        seen |= 1u << order[index];
+    }
+    memcpy(host->order, order, host->config.gpu_count * sizeof *order);
+    for (unsigned index = 0; index < host->config.gpu_count; index++) {
+        struct emu_record *record = emu_begin(host, index, 1);
+        record->energy_nj = 0;
+        record->lock_min_mhz = record->lock_max_mhz = record->memory_lock_mhz = 0;
+        record->power_limit_mw = host->config.board.power_limit_default_mw;
+        emu_commit(host, index);
+    }
+    atomic_fetch_add(&host->driver_epoch, 1);
     return 0;
 }
 

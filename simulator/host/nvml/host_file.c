@@ -43,6 +43,7 @@ static int fill(struct emu_host *host, const struct emu_config *config) {
     for (unsigned index = 0; index < config->gpu_count && error == 0; index++) {
         struct emu_gpu *gpu = &host->gpus[index];
         error = make_mutex(&gpu->mutex);
+        host->order[index] = index;
         gpu->alive_ns = now_ns;
         gpu->record[0].since_ns = now_ns;
         gpu->record[0].power_limit_mw = config->board.power_limit_default_mw;

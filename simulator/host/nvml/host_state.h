@@ -21,7 +21,7 @@
 #include <stdint.h>
 
 #define EMU_MAGIC 0x31304c4d564e5944ULL /* "DYNVML01" as little-endian bytes */
-#define EMU_LAYOUT_VERSION 1u
+#define EMU_LAYOUT_VERSION 2u
 #define EMU_UNKNOWN_START UINT64_MAX
 #define EMU_STATE_VARIABLE "DYNAMOLLM_NVML_STATE"
 
@@ -140,6 +140,10 @@ struct emu_host {
     uint64_t layout_size;
     char boot_id[40]; /* monotonic times and lock owners mean nothing after a reboot */
     int64_t created_ns;
+    /* Rises by one when the driver is unloaded and by one when it is loaded: odd means that there is none. Clients that
+     * initialised before lose every GPU until they start the library again. */
+    _Atomic uint64_t driver_epoch;
+    uint32_t order[EMU_MAX_GPUS]; /* which GPU stands at an index; changes only while the driver is unloaded */
     pthread_mutex_t driver; /* held for the delay of a write call: a real driver serialises them over all GPUs */
     struct emu_config config;
     struct emu_gpu gpus[EMU_MAX_GPUS];
@@ -176,6 +180,8 @@ struct emu_view {
 struct emu_record *emu_begin(struct emu_host *host, unsigned index, int fresh);
 void emu_commit(struct emu_host *host, unsigned index);
 void emu_read(struct emu_host *host, unsigned index, struct emu_record *copy);
+/* The NVML index that a GPU has now. */
+unsigned emu_position(const struct emu_host *host, unsigned gpu);
 /* Waits out a hang and the delay of a call and returns the NVML error that is injected for it, or 0. */
 int emu_suffer(struct emu_host *host, unsigned index, enum emu_calls calls);
 void emu_lock_mutex(pthread_mutex_t *mutex);
@@ -214,6 +220,10 @@ EMU_EXPORT int emu_set_activity(struct emu_host *host, unsigned index, int32_t p
 /* Replaces the fault of each group whose bit is set in `calls`. */
 EMU_EXPORT int emu_set_fault(struct emu_host *host, unsigned index, uint32_t calls, const struct emu_fault *fault);
 EMU_EXPORT int emu_reset_energy(struct emu_host *host, unsigned index);
+/* Unloads the driver; nothing happens if there is none. */
+EMU_EXPORT int emu_unload_driver(struct emu_host *host);
+/* Loads it: settings and energy counters start anew, GPUs stand in the given order. -EBUSY: it is loaded. */
+EMU_EXPORT int emu_load_driver(struct emu_host *host, const uint32_t *order);
 EMU_EXPORT int emu_set_mig(struct emu_host *host, unsigned index, uint32_t enabled);
 
 #endif

@@ -13,7 +13,7 @@ from typing import ClassVar
 from common.errors import UserError
 from simulator.host.nvml.build import LIBRARY_NAME, ensure_library
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 MAX_GPUS, MAX_PROCESSES, MAX_IDLE_POINTS = 16, 16, 128
 
 
@@ -38,6 +38,8 @@ def load_library(root: Path | None = None) -> ctypes.CDLL:
         "emu_set_activity": (ctypes.c_int, [host, index, pid, number, number, number, number]),
         "emu_set_fault": (ctypes.c_int, [host, index, number, ctypes.POINTER(CFault)]),
         "emu_reset_energy": (ctypes.c_int, [host, index]),
+        "emu_unload_driver": (ctypes.c_int, [host]),
+        "emu_load_driver": (ctypes.c_int, [host, ctypes.POINTER(number)]),
         "emu_set_mig": (ctypes.c_int, [host, index, number]),
         "emu_now_ns": (ctypes.c_int64, []),
     }

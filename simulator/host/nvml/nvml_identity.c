@@ -51,7 +51,7 @@ nvmlReturn_t nvmlDeviceGetInforomImageVersion(nvmlDevice_t device, char *version
         return NVML_SUCCESS;                                                                                           \
     }
 
-NUMBER(nvmlDeviceGetIndex, unsigned int, index)
+NUMBER(nvmlDeviceGetIndex, unsigned int, emu_position(host, index))
 NUMBER(nvmlDeviceGetMinorNumber, unsigned int, index)
 NUMBER(nvmlDeviceGetModuleId, unsigned int, index + 1)
 NUMBER(nvmlDeviceGetBoardId, unsigned int,

@@ -16,6 +16,7 @@ static _Atomic(struct emu_host *) in_use;
 static struct emu_host *mapped;
 static struct stat mapped_file;
 static struct nvmlDevice_st devices[EMU_MAX_GPUS];
+static _Atomic uint64_t since_epoch; /* of the driver, at nvmlInit */
 
 struct emu_host *emu_host(void) { return atomic_load_explicit(&in_use, memory_order_acquire); }
 
@@ -29,6 +30,8 @@ nvmlReturn_t emu_enter(nvmlDevice_t device, enum emu_calls calls, struct emu_hos
         return NVML_ERROR_UNINITIALIZED;
     if (device < devices || device >= devices + (*host)->config.gpu_count)
         return NVML_ERROR_INVALID_ARGUMENT;
+    if (atomic_load(&(*host)->driver_epoch) != atomic_load(&since_epoch))
+        return NVML_ERROR_GPU_IS_LOST; /* the driver it was opened under is gone */
     return (nvmlReturn_t)emu_suffer(*host, device->index, calls);
 }
 
@@ -71,7 +74,10 @@ nvmlReturn_t nvmlInitWithFlags(unsigned int flags) {
     (void)flags; /* they are about hosts whose GPUs cannot be attached */
     pthread_mutex_lock(&starting);
     nvmlReturn_t result = users == 0 ? find_host() : NVML_SUCCESS;
+    if (result == NVML_SUCCESS && users == 0 && atomic_load(&mapped->driver_epoch) % 2 != 0)
+        result = NVML_ERROR_DRIVER_NOT_LOADED;
     if (result == NVML_SUCCESS && users++ == 0) {
+        atomic_store(&since_epoch, atomic_load(&mapped->driver_epoch));
         for (unsigned index = 0; index < EMU_MAX_GPUS; index++)
             devices[index].index = index;
         atomic_store_explicit(&in_use, mapped, memory_order_release);
@@ -220,7 +226,7 @@ nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned int index, nvmlDevice_t *dev
     if (host == NULL)
         return NVML_ERROR_UNINITIALIZED;
     REQUIRE(device != NULL && index < host->config.gpu_count);
-    return hand_out(index, device);
+    return hand_out(host->order[index], device);
 }
 
 nvmlReturn_t nvmlDeviceGetHandleByIndex(unsigned int index, nvmlDevice_t *device) {

@@ -326,6 +326,21 @@ class HostState:
         """The energy counter starts again at zero, as after a driver reload."""
         _raise_for(self._library.emu_reset_energy(self._open_handle(), self._check(index)), "reset the energy counter")
 
+    def unload_driver(self) -> None:
+        """The kernel's driver is gone: every client loses its GPUs, and nobody can start NVML."""
+        _raise_for(self._library.emu_unload_driver(self._open_handle()), "unload the driver")
+
+    def load_driver(self, order: Sequence[int] | None = None) -> None:
+        """It is back: locks gone, limits and energy counters as at power-on. Clients must start NVML again.
+
+        `order`: which GPU of this host stands at each NVML index from now on; by default each at its own.
+        """
+        wanted = list(order) if order is not None else list(range(self.gpu_count))
+        if sorted(wanted) != list(range(self.gpu_count)):
+            raise ValueError(f"{wanted} is not an order of {self.gpu_count} GPUs")
+        array = (ctypes.c_uint32 * len(wanted))(*wanted)
+        _raise_for(self._library.emu_load_driver(self._open_handle(), array), "load the driver")
+
     def set_mig(self, index: int, enabled: bool) -> None:
         """MIG mode, as an administrator would have set it before."""
         _raise_for(self._library.emu_set_mig(self._open_handle(), self._check(index), int(enabled)), "set MIG mode")

@@ -1,0 +1,247 @@
+"""Who may call what: identities from the transport, scopes from the configuration, one audit line per change.
+
+Stands between gRPC and service.py as an interceptor. The unix socket is guarded by its mode and group and may do
+everything; TCP beyond loopback needs a client certificate, whose name or URI the configuration gives a scope.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from common.errors import EXIT_UNAVAILABLE, UserError
+from common.logs import get_logger
+from dynamollm.v1 import node_agent_pb2 as pb
+from nodeagent.audit import AuditLog
+from nodeagent.config import ListenConfig, SecurityConfig
+from nodeagent.errors import Denied
+from nodeagent.telemetry.metrics import AgentMetrics
+
+log = get_logger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Any
+"""grpc.RpcMethodHandler: its attributes are not typed."""
+
+MAX_REQUEST_BYTES = 256 * 1024
+"""Eight times the largest batch of controls."""
+MAX_CALLS = 512
+"""Calls and streams under way at once; more are refused by the library."""
+_MAX_TEXT = 500
+_PREFIX = "/dynamollm.v1.NodeAgent/"
+
+
+class Scope(enum.IntEnum):
+    """What a caller may do; each includes those below it."""
+
+    NONE = 0
+    READ = 1
+    CONTROL = 2
+    """What a controller does: leases and instances under its term, the guard's rules, tripping the floor."""
+    ADMIN = 3
+    """What an operator does: leases in an operator's name, lifting the floor."""
+
+
+NEEDS: dict[str, Scope] = {
+    "GetNode": Scope.READ,
+    "WatchTelemetry": Scope.READ,
+    "ListControls": Scope.READ,
+    "ListInstances": Scope.READ,
+    "WatchInstances": Scope.READ,
+    "GetGuard": Scope.READ,
+    "ApplyControls": Scope.CONTROL,
+    "ReleaseControls": Scope.CONTROL,
+    "StartInstance": Scope.CONTROL,
+    "DrainInstance": Scope.CONTROL,
+    "StopInstance": Scope.CONTROL,
+    "RestartInstance": Scope.CONTROL,
+    "SleepInstance": Scope.CONTROL,
+    "WakeInstance": Scope.CONTROL,
+    "SetGuard": Scope.CONTROL,
+    "TripGuard": Scope.CONTROL,
+}
+"""Least scope of each method. One that is missing here is refused to all (a test keeps the table whole)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is on the other end."""
+
+    name: str
+    scope: Scope
+
+
+_HERE = Caller("this process", Scope.ADMIN)
+caller: ContextVar[Caller] = ContextVar("caller", default=_HERE)
+"""The caller of the request being served."""
+
+
+def require(scope: Scope, what: str) -> None:
+    """Raises Denied unless the present caller has this scope."""
+    present = caller.get()
+    if present.scope < scope:
+        raise Denied(f"{what} needs scope {scope.name.lower()}; {present.name} has {present.scope.name.lower()}")
+
+
+def identify(peer: str, auth: Mapping[str, Any], config: SecurityConfig) -> Caller:
+    """The caller behind a connection. With several names on one certificate the strongest scope counts."""
+    if peer.startswith("unix:"):
+        return Caller("unix socket", Scope.ADMIN)
+    if auth.get("transport_security_type") not in ([b"ssl"], (b"ssl",)):
+        return Caller(peer, Scope[config.loopback_scope.upper()])  # bound to loopback only, see ListenConfig
+    names = [
+        value.decode("utf-8", "replace")
+        for key in ("x509_subject_alternative_name", "x509_common_name")
+        for value in auth.get(key, ())
+    ]
+    known = {name: Scope[config.scopes[name].upper()] for name in names if name in config.scopes}
+    if not known:
+        return Caller(" / ".join(names) or "a certificate without a name", Scope[config.default_scope.upper()])
+    name = max(known, key=lambda candidate: known[candidate])
+    return Caller(name, known[name])
+
+
+def server_credentials(config: ListenConfig) -> grpc.ServerCredentials:
+    """Mutual TLS from the configured files; a renewed certificate is taken up without a restart.
+
+    Raises UserError when a file cannot be read.
+    """
+    paths = [Path(config.tls_key), Path(config.tls_cert), Path(config.tls_client_ca)]
+
+    def load() -> grpc.ServerCertificateConfiguration:
+        key, certificate, authority = (path.read_bytes() for path in paths)
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
+
+    def stamps() -> list[int]:
+        return [path.stat().st_mtime_ns for path in paths]
+
+    try:
+        seen, current = stamps(), load()
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: {error.strerror}.", "Check listen.tls_cert, tls_key, tls_client_ca.", EXIT_UNAVAILABLE
+        ) from None
+
+    first = current
+
+    def renewed() -> grpc.ServerCertificateConfiguration:
+        nonlocal seen, current
+        try:
+            now = stamps()
+            if now != seen:
+                seen, current = now, load()
+        except OSError as error:
+            log.error("certificate cannot be read again; the old one is served", why=str(error))
+        return current
+
+    return grpc.dynamic_ssl_server_credentials(first, renewed, require_client_authentication=True)
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Lets a call through if its caller has the scope, and writes down every call that may change something."""
+
+    def __init__(self, config: SecurityConfig, audit: AuditLog, metrics: AgentMetrics) -> None:
+        self._config = config
+        self._audit = audit
+        self._metrics = metrics
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Handler]], details: grpc.HandlerCallDetails
+    ) -> Handler:
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(_PREFIX):
+            return handler  # health and reflection tell nothing about GPUs
+        method = details.method.removeprefix(_PREFIX)
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(method, handler), response_serializer=handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(method, handler), response_serializer=handler.response_serializer
+        )
+
+    def _unary(self, method: str, handler: Handler) -> Any:
+        changes = NEEDS.get(method, Scope.ADMIN) > Scope.READ
+
+        async def answer(data: bytes, context: Context) -> Message:
+            outcome, detail = "internal", ""
+            request = None
+            try:
+                await self._admit(method, context)
+                request = await _parsed(method, handler, data, context)
+                response: Message = await handler.unary_unary(request, context)
+                outcome, detail = "ok", _told(response)
+                return response
+            finally:
+                if changes:
+                    if outcome != "ok":
+                        code = context.code()
+                        outcome = code.name.lower() if isinstance(code, grpc.StatusCode) else "cancelled"
+                        detail = str(context.details() or "")
+                    self._write(method, request, outcome, detail)
+
+        return answer
+
+    def _streaming(self, method: str, handler: Handler) -> Any:
+        async def answer(data: bytes, context: Context) -> AsyncIterator[Message]:
+            await self._admit(method, context)
+            request = await _parsed(method, handler, data, context)
+            async for message in handler.unary_stream(request, context):
+                yield message
+
+        return answer
+
+    async def _admit(self, method: str, context: Context) -> None:
+        present = identify(context.peer(), context.auth_context(), self._config)
+        caller.set(present)
+        needed = NEEDS.get(method)
+        if needed is None or present.scope < needed:
+            self._metrics.calls_denied.labels((needed or Scope.ADMIN).name.lower()).inc()
+            text = f"{method} needs scope {(needed or Scope.ADMIN).name.lower()}"
+            text += f"; {present.name} has {present.scope.name.lower()}"
+            log.warning("denied", method=method, caller=present.name)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, text)
+
+    def _write(self, method: str, request: Any, outcome: str, detail: str) -> None:
+        who = caller.get().name
+        if request is None:  # turned away before it was read
+            self._audit.write(who, method, "", outcome, detail=detail[:_MAX_TEXT])
+            return
+        why = request.lease.reason if isinstance(request, pb.ApplyControlsRequest) else request.reason
+        owner = (
+            request.lease.owner
+            if isinstance(request, pb.ApplyControlsRequest)
+            else request.owner
+            if isinstance(request, pb.ReleaseControlsRequest)
+            else None
+        )
+        who += f" as {owner.name[:_MAX_TEXT]!r}" if owner is not None and owner.name else ""
+        what = f"{method} {{{' '.join(str(request).split())}}}"  # the text form is made in C, the JSON form is not
+        self._audit.write(
+            who, what[: 8 * _MAX_TEXT], why[:_MAX_TEXT], outcome, request.request_id[:128], detail[:_MAX_TEXT]
+        )
+
+
+async def _parsed(method: str, handler: Handler, data: bytes, context: Context) -> Any:
+    """The message; the library itself would answer bad bytes with an `unknown` and a traceback in the log."""
+    try:
+        return handler.request_deserializer(data)
+    except Exception:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no request of {method}")
+
+
+def _told(response: Message) -> str:
+    """Per-GPU results in a few words: a batch is `ok` although one GPU refused."""
+    if not isinstance(response, pb.ApplyControlsResponse | pb.ReleaseControlsResponse):
+        return ""
+    counts: dict[str, int] = {}
+    for result in response.results:
+        name = pb.ControlCode.Name(result.code).removeprefix("CONTROL_CODE_").lower()
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
