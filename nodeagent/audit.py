@@ -35,6 +35,11 @@ class AuditLog:
         self._unsynced = False
         self._failing = False
 
+    @property
+    def failing(self) -> bool:
+        """Whether the last line was refused."""
+        return self._failing
+
     def write(self, who: str, what: str, why: str, outcome: str, request_id: str = "", detail: str = "") -> None:
         """One line. A disk that refuses it stops no control: it is counted and said once."""
         at = datetime.fromtimestamp(self._clock.wall_s(), tz=UTC).isoformat(timespec="milliseconds")

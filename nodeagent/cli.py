@@ -52,8 +52,12 @@ def run(
 
 @app.command()
 def check_config(config: ConfigOption = None) -> None:
-    """Says whether the configuration is good; exit code 2 and every error at once if not."""
-    _load(config)
+    """Says whether the configuration, and the certificates it names, are good; exit code 2 and every error if not."""
+    loaded = _load(config)
+    if loaded.listen.tls:
+        from nodeagent.security import check_certificates  # loads gRPC, which the rest can do without
+
+        check_certificates(loaded.listen)
     typer.echo(f"{_path(config) or 'built-in defaults'}: good")
 
 

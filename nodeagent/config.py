@@ -177,6 +177,9 @@ class TelemetryConfig(ConfigModel):
     queue_samples: int = Field(
         default=16, ge=1, le=10000, description="Samples kept for a slow reader before it loses the oldest."
     )
+    history_samples: int = Field(
+        default=120, ge=0, le=10000, description="Samples kept for readers that come late, about 25 kB each."
+    )
     scrape_timeout_s: float = Field(
         default=0.5, gt=0, le=30, description="How long an engine may take to answer /metrics."
     )

@@ -27,12 +27,12 @@ from common.logs import get_logger
 from dynamollm.v1 import node_agent_pb2, node_agent_pb2_grpc
 from nodeagent.audit import AuditLog
 from nodeagent.config import ListenConfig, NodeAgentConfig, split_address
-from nodeagent.control.caps import recover_caps
 from nodeagent.control.controls import Controls
 from nodeagent.control.fence import Fence
 from nodeagent.control.guard import Guard
-from nodeagent.control.recovery import nothing_left, recover_journal
+from nodeagent.control.recovery import nothing_left, recover
 from nodeagent.control.settings import ControlKey
+from nodeagent.drain import NodeDrain
 from nodeagent.engine.instances import Instances
 from nodeagent.engine.launchers import open_launcher
 from nodeagent.engine.records import Records
@@ -55,6 +55,7 @@ CAPS_FILE = "caps.json"
 GUARD_FILE = "guard.json"
 AUDIT_FILE = "audit.log"
 TERM_FILE = "term.json"
+DRAIN_FILE = "drain.json"
 LISTEN_FILE = "listen"
 SERVICE = node_agent_pb2.DESCRIPTOR.services_by_name["NodeAgent"].full_name
 STUCK_AFTER_S = 5.0
@@ -94,8 +95,9 @@ async def open_controls(config: NodeAgentConfig, driver: GpuDriver, host: HostFa
     inventory = Inventory(driver, config.gpu.call_deadline_s)
     await inventory.open()
     fence = Fence(config.state_dir / TERM_FILE, clock)
-    caps = await recover_caps(config.state_dir / CAPS_FILE, host.boot_id, inventory, clock)
-    journal = recover_journal(config.state_dir / JOURNAL_FILE, host.boot_id, inventory, clock, caps.found_w())
+    caps, journal = await recover(
+        config.state_dir / CAPS_FILE, config.state_dir / JOURNAL_FILE, host.boot_id, inventory, clock
+    )
     controls = Controls(inventory, journal, caps, fence, clock, config.controls, metrics)
     return Controlled(inventory, controls, fence, metrics, registry)
 
@@ -159,8 +161,9 @@ class _Daemon:
         instances = Instances(
             parts.inventory, launcher, client, records, self._clock, self._host.boot_id, config, parts.metrics
         )
-        stream = SampleStream(config.telemetry.queue_samples, parts.metrics.samples_lost.inc)
-        sampler = Sampler(parts.inventory, controls, instances, stream, self._clock, config.telemetry)
+        drain = NodeDrain(config.state_dir / DRAIN_FILE, instances, self._clock)
+        telemetry = config.telemetry
+        stream = SampleStream(telemetry.queue_samples, parts.metrics.samples_lost.inc, telemetry.history_samples)
         parts.registry.register(SampleCollector(lambda: stream.latest, lambda: len(controls.unrestored())))
         capabilities = ["instances"]
         capabilities += ["clock_lock"] if config.controls.clock_lock else []
@@ -182,8 +185,22 @@ class _Daemon:
             config.guard.trigger_file,
         )
         await guard.start()
+
+        def node() -> tuple[tuple[str, ...], bool]:
+            return _alarms(guard, controls, audit), drain.state is not None
+
+        sampler = Sampler(parts.inventory, controls, instances, stream, self._clock, telemetry, self._host, node)
         service = NodeAgentService(
-            config.node_name, self._host, parts.inventory, controls, parts.fence, instances, stream, capabilities, guard
+            config.node_name,
+            self._host,
+            parts.inventory,
+            controls,
+            parts.fence,
+            instances,
+            stream,
+            capabilities,
+            guard,
+            drain,
         )
         server = grpc.aio.server(
             interceptors=[Gate(config.security, audit, parts.metrics)],
@@ -200,6 +217,7 @@ class _Daemon:
         addresses |= {"metrics": metrics_address} if metrics_address else {}
 
         await instances.adopt()
+        drain.look()
         await server.start()
         await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         write_durably(listen_file, (json.dumps(addresses, indent=1) + "\n").encode(), mode=0o644)
@@ -217,6 +235,7 @@ class _Daemon:
             self._loop("guard", guard.run()),
             self._loop("slo boost", guard.watch_engines()),
             self._loop("audit log", audit.run()),
+            self._loop("node drain", drain.run()),
             self._loop(
                 "gpu recovery",
                 parts.inventory.recover_forever(config.gpu.recovery_interval_s, config.gpu.facts_interval_s),
@@ -266,6 +285,18 @@ class _Daemon:
             if all(now_s - beat() <= limit_s for beat, limit_s in beats.items()):
                 sd_notify.notify("WATCHDOG=1")
             await asyncio.sleep(interval_s)
+
+
+def _alarms(guard: Guard, controls: Controls, audit: AuditLog) -> tuple[str, ...]:
+    """What an operator should look at that belongs to no single GPU."""
+    alarms = {
+        "watts_floor_tripped": guard.state.tripped,
+        "guard_state_not_saved": guard.unsaved,
+        "controls_not_restored": bool(controls.unrestored()),
+        "caps_not_recorded": controls.caps_unrecorded,
+        "audit_log_failing": audit.failing,
+    }
+    return tuple(name for name, on in alarms.items() if on)
 
 
 async def _look_at_engines(

@@ -42,6 +42,18 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def keep_aside(path: Path, stamp: int) -> Path:
+    """Gives an unreadable file a second name, for a person to look at; returns that name. Raises OSError."""
+    for attempt in range(100):
+        aside = path.with_name(f"{path.name}.unreadable-{stamp}{f'-{attempt}' if attempt else ''}")
+        try:
+            os.link(path, aside)
+        except FileExistsError:
+            continue
+        return aside
+    raise FileExistsError(f"{path}: a hundred unreadable copies of this second are kept already")
+
+
 def set_aside(path: Path, stamp: int) -> Path:
     """Renames an unreadable file so that it is kept for a person to look at; returns its new name."""
     aside = path.with_name(f"{path.name}.unreadable-{stamp}")

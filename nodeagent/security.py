@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 
 from common.errors import EXIT_UNAVAILABLE, UserError
 from common.logs import get_logger
+from common.tls import check_pem
 from dynamollm.v1 import node_agent_pb2 as pb
 from nodeagent.audit import AuditLog
 from nodeagent.config import ListenConfig, SecurityConfig
@@ -45,7 +46,7 @@ class Scope(enum.IntEnum):
     CONTROL = 2
     """What a controller does: leases and instances under its term, the guard's rules, tripping the floor."""
     ADMIN = 3
-    """What an operator does: leases in an operator's name, lifting the floor."""
+    """What an operator does: calls in an operator's name, lifting the floor, taking the node out of service."""
 
 
 NEEDS: dict[str, Scope] = {
@@ -65,6 +66,8 @@ NEEDS: dict[str, Scope] = {
     "WakeInstance": Scope.CONTROL,
     "SetGuard": Scope.CONTROL,
     "TripGuard": Scope.CONTROL,
+    "DrainNode": Scope.ADMIN,
+    "ResumeNode": Scope.ADMIN,
 }
 """Least scope of each method. One that is missing here is refused to all (a test keeps the table whole)."""
 
@@ -107,11 +110,22 @@ def identify(peer: str, auth: Mapping[str, Any], config: SecurityConfig) -> Call
     return Caller(name, known[name])
 
 
+def check_certificates(config: ListenConfig) -> None:
+    """Raises UserError for files that no caller could be served with."""
+    if config.tls:
+        check_pem(
+            {"listen.tls_client_ca": config.tls_client_ca},
+            {"listen.tls_cert": config.tls_cert},
+            {"listen.tls_key": config.tls_key},
+        )
+
+
 def server_credentials(config: ListenConfig) -> grpc.ServerCredentials:
     """Mutual TLS from the configured files; a renewed certificate is taken up without a restart.
 
-    Raises UserError when a file cannot be read.
+    Raises UserError when a file cannot be used.
     """
+    check_certificates(config)
     paths = [Path(config.tls_key), Path(config.tls_cert), Path(config.tls_client_ca)]
 
     def load() -> grpc.ServerCertificateConfiguration:
@@ -214,13 +228,7 @@ class Gate(grpc.aio.ServerInterceptor):
             self._audit.write(who, method, "", outcome, detail=detail[:_MAX_TEXT])
             return
         why = request.lease.reason if isinstance(request, pb.ApplyControlsRequest) else request.reason
-        owner = (
-            request.lease.owner
-            if isinstance(request, pb.ApplyControlsRequest)
-            else request.owner
-            if isinstance(request, pb.ReleaseControlsRequest)
-            else None
-        )
+        owner = request.lease.owner if isinstance(request, pb.ApplyControlsRequest) else getattr(request, "owner", None)
         who += f" as {owner.name[:_MAX_TEXT]!r}" if owner is not None and owner.name else ""
         what = f"{method} {{{' '.join(str(request).split())}}}"  # the text form is made in C, the JSON form is not
         self._audit.write(

@@ -17,11 +17,13 @@ from google.protobuf.message import Message
 from common.logs import get_logger
 from dynamollm.v1 import node_agent_pb2 as pb
 from dynamollm.v1 import node_agent_pb2_grpc as rpc
+from dynamollm.v1 import types_pb2 as types
 from nodeagent import wire
 from nodeagent.control.controls import Controls
 from nodeagent.control.fence import Fence
 from nodeagent.control.guard import Guard
 from nodeagent.control.leases import Owner, OwnerKind
+from nodeagent.drain import NodeDrain
 from nodeagent.engine.instances import Instances
 from nodeagent.errors import AlreadyExists, Denied, Invalid, NotFound, Precondition, Refused, Unavailable
 from nodeagent.gpu.inventory import Inventory
@@ -58,6 +60,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
         stream: SampleStream,
         capabilities: list[str],
         guard: Guard,
+        drain: NodeDrain,
     ) -> None:
         self._node_id = node_id
         self._host = host
@@ -68,6 +71,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
         self._stream = stream
         self._capabilities = capabilities
         self._guard = guard
+        self._drain = drain
         self._requests = RequestLog()
 
     async def GetNode(self, request: pb.GetNodeRequest, context: Context) -> pb.GetNodeResponse:
@@ -78,10 +82,10 @@ class NodeAgentService(rpc.NodeAgentServicer):
     ) -> AsyncIterator[pb.WatchTelemetryResponse]:
         if not 0.05 <= request.interval_s <= 60:
             await _refuse(context, Invalid(f"interval_s is {request.interval_s:g}; it must be 0.05 to 60"))
-        reader = self._stream.subscribe(request.interval_s)
+        reader = self._stream.subscribe(request.interval_s, request.history_samples)
         try:
             async for sequence, sample in reader:
-                yield wire.sample_to(self._node_id, sequence, sample)
+                yield wire.sample_to(self._node_id, sequence, sample, sequence < reader.replayed)
         finally:
             self._stream.unsubscribe(reader)
 
@@ -107,7 +111,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
 
     async def StartInstance(self, request: pb.StartInstanceRequest, context: Context) -> pb.StartInstanceResponse:
         async def work() -> pb.StartInstanceResponse:
-            self._fence.admit(request.term)
+            self._admit(request, new_work=True)
             view = await self._instances.start(wire.spec_from(request.spec), request.reason)
             return pb.StartInstanceResponse(instance=wire.instance_to(view))
 
@@ -115,7 +119,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
 
     async def DrainInstance(self, request: pb.DrainInstanceRequest, context: Context) -> pb.DrainInstanceResponse:
         async def work() -> pb.DrainInstanceResponse:
-            self._fence.admit(request.term)
+            self._admit(request)
             view = self._instances.drain(request.instance_id, request.reason)
             return pb.DrainInstanceResponse(instance=wire.instance_to(view))
 
@@ -123,7 +127,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
 
     async def StopInstance(self, request: pb.StopInstanceRequest, context: Context) -> pb.StopInstanceResponse:
         async def work() -> pb.StopInstanceResponse:
-            self._fence.admit(request.term)
+            self._admit(request)
             view = await self._instances.stop(request.instance_id, request.force, request.reason)
             return pb.StopInstanceResponse(instance=wire.instance_to(view))
 
@@ -131,7 +135,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
 
     async def RestartInstance(self, request: pb.RestartInstanceRequest, context: Context) -> pb.RestartInstanceResponse:
         async def work() -> pb.RestartInstanceResponse:
-            self._fence.admit(request.term)
+            self._admit(request, new_work=True)
             gpus = tuple(request.gpu_uuids)
             view, transaction_id = await self._instances.restart(
                 request.instance_id, gpus, request.drain_deadline_s, request.reason
@@ -142,7 +146,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
 
     async def SleepInstance(self, request: pb.SleepInstanceRequest, context: Context) -> pb.SleepInstanceResponse:
         async def work() -> pb.SleepInstanceResponse:
-            self._fence.admit(request.term)
+            self._admit(request)
             view = await self._instances.sleep(request.instance_id, request.reason)
             return pb.SleepInstanceResponse(instance=wire.instance_to(view))
 
@@ -150,7 +154,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
 
     async def WakeInstance(self, request: pb.WakeInstanceRequest, context: Context) -> pb.WakeInstanceResponse:
         async def work() -> pb.WakeInstanceResponse:
-            self._fence.admit(request.term)
+            self._admit(request, new_work=True)
             view = await self._instances.wake(request.instance_id, request.reason)
             return pb.WakeInstanceResponse(instance=wire.instance_to(view))
 
@@ -160,8 +164,8 @@ class NodeAgentService(rpc.NodeAgentServicer):
         async def work() -> pb.SetGuardResponse:
             if not request.reason:
                 raise Invalid("reason is empty; say why")
-            self._fence.admit(request.term)
-            await self._guard.set_rules(*wire.rules_from(request), caller.get().name, request.reason)
+            who = self._admit(request)
+            await self._guard.set_rules(*wire.rules_from(request), who, request.reason)
             return pb.SetGuardResponse(status=self._guard_status())
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))
@@ -180,6 +184,20 @@ class NodeAgentService(rpc.NodeAgentServicer):
                 require(Scope.ADMIN, "lifting the watts floor")
                 await self._guard.lift(why)
             return pb.TripGuardResponse(status=self._guard_status())
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def DrainNode(self, request: pb.DrainNodeRequest, context: Context) -> pb.DrainNodeResponse:
+        async def work() -> pb.DrainNodeResponse:
+            await self._drain.begin(_operator(request.owner, request.reason), request.reason)
+            return pb.DrainNodeResponse(instances=[wire.instance_to(view) for view in self._instances.views()])
+
+        return await _answer(context, self._requests.once(request.request_id, _content(request), work))
+
+    async def ResumeNode(self, request: pb.ResumeNodeRequest, context: Context) -> pb.ResumeNodeResponse:
+        async def work() -> pb.ResumeNodeResponse:
+            await self._drain.end(_operator(request.owner, request.reason), request.reason)
+            return pb.ResumeNodeResponse()
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))
 
@@ -213,7 +231,52 @@ class NodeAgentService(rpc.NodeAgentServicer):
             cpu_count=self._host.cpu_count,
             memory_bytes=self._host.memory_bytes,
             capabilities=self._capabilities,
+            numa_nodes=[
+                pb.NumaNode(id=node.id, memory_bytes=node.memory_bytes, cpus=node.cpus) for node in self._host.numa
+            ],
+            drain=wire.drain_to(self._drain.state),
         )
+
+    def _admit(self, request: _Steering, new_work: bool = False) -> str:
+        """Lets a controller of the present term through, and an operator without one; the caller in words.
+
+        `new_work` marks what a node that is out of service refuses to controllers.
+        """
+        who = caller.get().name
+        owner = Owner(OwnerKind.CONTROLLER, "")
+        if request.HasField("owner"):
+            owner = _allowed(wire.owner_from(request.owner))
+            who += f" as {owner}"
+        if owner.kind is OwnerKind.GUARD:
+            raise Invalid("the guard is this node's own; nobody may speak for it")
+        if owner.kind is OwnerKind.CONTROLLER:
+            holder = Owner(OwnerKind.CONTROLLER, self._fence.holder)
+            active = any(lease.owner == holder and left_s > 0 for _, _, lease, left_s in self._controls.held())
+            self._fence.admit(request.term, owner.name, active)
+            if new_work:
+                self._drain.require_in_service()
+        return who
+
+
+_Steering = (
+    pb.StartInstanceRequest
+    | pb.DrainInstanceRequest
+    | pb.StopInstanceRequest
+    | pb.RestartInstanceRequest
+    | pb.SleepInstanceRequest
+    | pb.WakeInstanceRequest
+    | pb.SetGuardRequest
+)
+
+
+def _operator(message: types.Owner, reason: str) -> str:
+    """Who it is; raises Refused for anybody but an operator, and for one without a reason."""
+    owner = _allowed(wire.owner_from(message))
+    if owner.kind is not OwnerKind.OPERATOR:
+        raise Invalid("only an operator takes a node out of service and puts it back; set owner.kind")
+    if not 0 < len(reason) <= wire.MAX_REASON:
+        raise Invalid(f"reason must have 1 to {wire.MAX_REASON} characters; say why")
+    return f"{caller.get().name} as {owner}"
 
 
 def _allowed(owner: Owner) -> Owner:

@@ -12,6 +12,7 @@ from nodeagent.control.guard_rules import GuardState, SloBoost, WattsFloor
 from nodeagent.control.leases import Lease, Owner, OwnerKind
 from nodeagent.control.results import Code, Result, Wish
 from nodeagent.control.settings import ClockLock, ControlKey, MemoryClockLock, PowerLimit, Setting
+from nodeagent.drain import Drained
 from nodeagent.engine.feed import InstanceView
 from nodeagent.engine.lifecycle import State
 from nodeagent.engine.records import Spec
@@ -144,6 +145,7 @@ def spec_from(message: types.InstanceSpec) -> Spec:
 
 def instance_to(view: InstanceView) -> types.Instance:
     record = view.record
+    nap = record.nap if record.state is State.ASLEEP else None
     spec = types.InstanceSpec(
         instance_id=record.spec.instance_id,
         model=record.spec.model,
@@ -158,6 +160,10 @@ def instance_to(view: InstanceView) -> types.Instance:
         seconds_in_state=view.seconds_in_state,
         step_seconds=record.step_s,
         pid=record.process.pid if record.process is not None else 0,
+        asleep_power_w=nap.power_w if nap is not None else None,
+        asleep_gpu_bytes=sum(nap.asleep_bytes.values()) if nap is not None else 0,
+        asleep_host_bytes=nap.host_bytes if nap is not None else 0,
+        drained=record.drained and record.state is State.DRAINING,
     )
 
 
@@ -185,7 +191,7 @@ def gpu_to(worker: GpuWorker) -> pb.Gpu:
     )
 
 
-def sample_to(node_id: str, sequence: int, sample: Sample) -> pb.WatchTelemetryResponse:
+def sample_to(node_id: str, sequence: int, sample: Sample, replayed: bool = False) -> pb.WatchTelemetryResponse:
     return pb.WatchTelemetryResponse(
         node_id=node_id,
         sampled_at=_timestamp(sample.wall_s),
@@ -193,9 +199,21 @@ def sample_to(node_id: str, sequence: int, sample: Sample) -> pb.WatchTelemetryR
         gpus=[_gpu_sample_to(gpu) for gpu in sample.gpus],
         instances=[_instance_sample_to(instance) for instance in sample.instances],
         host=pb.HostSample(
-            cpu_utilization_ratio=sample.host.cpu_utilization_ratio, memory_used_ratio=sample.host.memory_used_ratio
+            cpu_utilization_ratio=sample.host.cpu_utilization_ratio,
+            memory_used_ratio=sample.host.memory_used_ratio,
+            memory_available_bytes=sample.host.memory_available_bytes,
+            numa=[pb.NumaSample(id=number, memory_free_bytes=free) for number, free in sample.host.numa_free_bytes],
         ),
+        alarms=sample.alarms,
+        replayed=replayed,
+        draining=sample.draining,
     )
+
+
+def drain_to(drained: Drained | None) -> pb.NodeDrain | None:
+    if drained is None:
+        return None
+    return pb.NodeDrain(by=drained.by, reason=drained.reason, since=_timestamp(drained.since_wall_s))
 
 
 def _timestamp(wall_s: float) -> Timestamp:
@@ -218,11 +236,20 @@ def _gpu_sample_to(gpu: GpuSample) -> pb.GpuSample:
         event_reasons=reading.event_reasons,
         locked_mhz=gpu.locked_mhz,
         energy_is_integrated=gpu.energy_is_integrated,
+        memory_temperature_c=reading.memory_temperature_c,
+        alarms=gpu.alarms,
+        drift_mhz=gpu.drift_mhz,
     )
 
 
 def _instance_sample_to(instance: InstanceSample) -> pb.InstanceSample:
-    message = pb.InstanceSample(instance_id=instance.instance_id, state=_STATES[instance.state])
+    message = pb.InstanceSample(
+        instance_id=instance.instance_id,
+        state=_STATES[instance.state],
+        prompt_tokens_per_s=instance.prompt_tokens_per_s,
+        generation_tokens_per_s=instance.generation_tokens_per_s,
+        power_w=instance.power_w,
+    )
     engine = instance.engine
     if engine is None:
         return message
@@ -237,6 +264,8 @@ def _instance_sample_to(instance: InstanceSample) -> pb.InstanceSample:
         message.ttft_seconds.CopyFrom(_histogram_to(engine.ttft_seconds))
     if engine.token_gap_seconds is not None:
         message.token_gap_seconds.CopyFrom(_histogram_to(engine.token_gap_seconds))
+    if engine.tbt_seconds is not None:
+        message.tbt_seconds.CopyFrom(_histogram_to(engine.tbt_seconds))
     return message
 
 

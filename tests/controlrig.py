@@ -8,12 +8,11 @@ from prometheus_client import CollectorRegistry
 
 from common.clock import VirtualClock
 from nodeagent.config import ControlsConfig
-from nodeagent.control.caps import recover_caps
 from nodeagent.control.controls import Controls
 from nodeagent.control.fence import Fence
-from nodeagent.control.journal import Journal, load
+from nodeagent.control.journal import load
 from nodeagent.control.leases import Owner, OwnerKind
-from nodeagent.control.recovery import recover_journal
+from nodeagent.control.recovery import recover
 from nodeagent.control.results import Result, Wish
 from nodeagent.control.settings import ClockLock, ControlKey, Setting
 from nodeagent.gpu.inventory import Inventory
@@ -34,9 +33,8 @@ class Rig:
 
     async def open(self, boot_id: str = "boot-1") -> Rig:
         await self.inventory.open()
-        self.caps = await recover_caps(self.path / "caps.json", boot_id, self.inventory, self.clock)
-        self.journal: Journal = recover_journal(
-            self.path / "journal.json", boot_id, self.inventory, self.clock, self.caps.found_w()
+        self.caps, self.journal = await recover(
+            self.path / "caps.json", self.path / "journal.json", boot_id, self.inventory, self.clock
         )
         self.fence = Fence(self.path / "term.json", self.clock)
         metrics = AgentMetrics(CollectorRegistry())

@@ -57,7 +57,7 @@ def _one(name: str, number: int, uuids: Sequence[str], chance: random.Random) ->
         for _ in range(chance.randint(1, 4)):
             mutable[chance.randrange(len(mutable))] = chance.randrange(256)
         data = bytes(mutable[: chance.randint(1, len(mutable))])
-        if name in ("TripGuard", "SetGuard", "ApplyControls", *HARMFUL):
+        if name in ("TripGuard", "SetGuard", "ApplyControls", "DrainNode", *HARMFUL):
             # A bit flipped in a good number can make a good request; these are cut short as well.
             data = data[: len(data) // 2] + b"\xff"
     return PREFIX + name, data
@@ -105,7 +105,10 @@ def _absurd(name: str, number: int, uuids: Sequence[str], chance: random.Random)
         )
     if name in ("DrainInstance", "StopInstance", "SleepInstance", "WakeInstance"):
         request = getattr(pb, f"{name}Request")
-        return request(request_id=identity, term=0, instance_id=text, reason=text)
+        return request(request_id=identity, term=0, instance_id=text, reason=text, owner=owner)
     if name == "WatchTelemetry":
-        return pb.WatchTelemetryRequest(interval_s=value)
+        return pb.WatchTelemetryRequest(interval_s=value, history_samples=chance.choice((0, 1, 2**32 - 1)))
+    if name in ("DrainNode", "ResumeNode"):
+        request = getattr(pb, f"{name}Request")
+        return request(request_id=identity, owner=owner, reason=text)
     return getattr(pb, f"{name}Request")()

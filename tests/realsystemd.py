@@ -1,10 +1,10 @@
 """A real systemd as PID 1 of a throw-away machine: private namespaces over an overlay of this host's root.
 
-    with Machine(tmp_path) as machine:
+    with Machine(tmp_path, [checkout]) as machine:
         machine.run("systemctl", "start", "some.service")
 
-The host's files stay as they are; the folder given is /srv/test in there. Needs root: `missing()` says what a
-test lacks, for a named skip. Memory and CPU limits of units do nothing in there.
+The host's files stay as they are; the first folder is /srv/test in there, the others are where they are outside.
+Needs root: `missing()` says what a test lacks, for a named skip. Memory and CPU limits of units do nothing in there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -44,6 +45,9 @@ MASKED = (
     ),
 )
 
+FRESH = ("/run", "/tmp", "/var/log")
+"""Folders of its own, empty at first."""
+
 INNER = """#!/bin/bash
 set -euo pipefail
 base=$1 shared=$2
@@ -59,7 +63,7 @@ mount -o remount,bind,ro "$root/proc/sys"
 mount -t sysfs -o ro sysfs "$root/sys"
 mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
 mount --rbind /dev "$root/dev"
-for folder in run tmp var/log; do mount -t tmpfs tmpfs "$root/$folder"; done
+for folder in FRESH; do mount -t tmpfs tmpfs "$root$folder"; done
 for folder in "$@"; do # what the overlay does not show: file systems of their own, and what lies in /tmp
   mkdir -p "$root$folder"; mount --rbind "$folder" "$root$folder"
 done
@@ -93,13 +97,22 @@ def missing() -> str:
     return ""
 
 
+def unseen(folders: Iterable[Path]) -> list[Path]:
+    """Those of the folders that a machine does not see by itself: the overlay shows one file system, without what
+    lies under the machine's own /tmp and the like."""
+    root = Path("/").stat().st_dev
+    found = dict.fromkeys(path.resolve() for path in folders)
+    lost = [path for path in found if path.stat().st_dev != root or any(path.is_relative_to(top) for top in FRESH)]
+    return [path for path in lost if not any(other in path.parents for other in lost)]
+
+
 class Machine:
     """See the module's text."""
 
-    def __init__(self, shared: Path, own_mounts: tuple[Path, ...] = ()) -> None:
+    def __init__(self, shared: Path, needs: Iterable[Path] = ()) -> None:
         self.shared = shared
         self._base = shared / "machine"
-        self._mounts = own_mounts
+        self._mounts = unseen(needs)
         self._cgroup: Path | None = None
         self._outer: subprocess.Popen[bytes] | None = None
         self.pid = 0
@@ -157,7 +170,7 @@ class Machine:
         self._cgroup.mkdir()
         self._base.mkdir()
         inner = self.shared / "inner.sh"
-        inner.write_text(INNER.replace("MASKED", " ".join(MASKED)))
+        inner.write_text(INNER.replace("MASKED", " ".join(MASKED)).replace("FRESH", " ".join(FRESH)))
         unshare = "exec unshare --pid --fork --kill-child --mount --uts --ipc --net --cgroup --mount-proc"
         script = f'echo $$ >"$0/cgroup.procs"; {unshare} bash "$@"'
         with (self.shared / "machine.log").open("wb") as log:

@@ -25,7 +25,7 @@ from nodeagent.config import NodeAgentConfig
 from simulator.host.nvml.build import ensure_library
 from simulator.host.nvml.state import STATE_VARIABLE, HostState
 from tests.nodehost import MODEL, until
-from tests.realsystemd import Machine
+from tests.realsystemd import Machine, unseen
 
 TOP = Path(__file__).parents[1]
 INSTALL = ("env", f"PYTHON={sys.executable}", str(TOP / "scripts" / "install-node"))
@@ -111,7 +111,7 @@ def installed(
 ) -> Iterator[Node]:
     """Boots a machine, installs the agent with its own script, and waits until it serves.
 
-    `engine` is the section of its configuration; `mounts` are folders on file systems of their own that it needs.
+    `engine` is the section of its configuration; `mounts` are further folders of this host that it needs.
     """
     gpus = HostState.create(shared / "gpus", GPUS)
     seen = {
@@ -120,15 +120,18 @@ def installed(
         "DYNAMOLLM_EMULATED_START_S": "0.3",
     }
     # What a drop-in would do on a real host for its own folders. The interpreter of these tests may lie in a home.
+    needs = [TOP, Path(sys.prefix), Path(sys.base_prefix), ensure_library(), *mounts]
     environment = "".join(f"Environment={name}={value}\n" for name, value in seen.items())
-    (shared / "agent.conf").write_text(f"[Service]\n{environment}ReadWritePaths=/srv/test\nWatchdogSec={watchdog_s}\n")
+    # The agent has a /tmp of its own, in which a checkout of the machine's /tmp does not show.
+    bound = "".join(f"BindReadOnlyPaths={path}\n" for path in unseen(needs))
+    (shared / "agent.conf").write_text(
+        f"[Service]\n{environment}{bound}ReadWritePaths=/srv/test\nWatchdogSec={watchdog_s}\n"
+    )
     (shared / "engine.conf").write_text("[Service]\nReadWritePaths=/srv/test\nUser=root\nGroup=root\nPrivateTmp=no\n")
     settings = dict(engine) | {"env": seen | dict(engine.get("env", {})), "drain_interval_s": 0.05}
     config = NodeAgentConfig.model_validate({"node_id": "node-0", "engine": settings})
     (shared / "nodeagent.toml").write_text(to_toml(config, comments=False))
-    here = Path("/").stat().st_dev
-    own = tuple(path for path in (TOP, Path(sys.prefix), Path(sys.base_prefix)) if path.stat().st_dev != here)
-    with Machine(shared, (*own, *mounts)) as machine:
+    with Machine(shared, needs) as machine:
         machine.run("mkdir", "-p", "/etc/dynamollm")
         machine.run("cp", "/srv/test/nodeagent.toml", "/etc/dynamollm/nodeagent.toml")
         for name, source in ((AGENT, "agent.conf"), ("dynamollm-vllm@.service", "engine.conf")):

@@ -225,6 +225,7 @@ class Actuator:
         try:
             observed = await self._set_limit(worker, target_w)
         except GpuError as error:
+            self._limits.pop(uuid, None)  # the write may have taken effect: the cap is brought into force again
             return Result(uuid, code_of(error), f"{error}; its cap stays")
         try:
             await self.caps.remove((uuid, kind))

@@ -8,18 +8,19 @@ it is found. control/actuator.py writes the GPUs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.clock import Clock
 from common.logs import get_logger
+from nodeagent.control import tripwire
 from nodeagent.control.journal import DurableTable, JournalUnreadable
-from nodeagent.control.leases import Owner, OwnerKind
-from nodeagent.files import write_durably
+from nodeagent.control.leases import GUARD, Owner, OwnerKind
+from nodeagent.files import keep_aside, write_durably
 from nodeagent.gpu.driver import GpuError
 from nodeagent.gpu.inventory import Inventory
 
@@ -153,12 +154,36 @@ def _cap(item: dict[str, object]) -> Cap:
     return Cap(uuid, Owner(OwnerKind[str(kind).upper()], owner), float(limit_w), reason, found_w)
 
 
-async def recover_caps(path: Path, boot_id: str, inventory: Inventory, clock: Clock) -> Caps:
-    """The caps as left behind. If they cannot be read, every limit below the default stays as it is found."""
+async def recover_caps(
+    path: Path, boot_id: str, inventory: Inventory, clock: Clock, found_w: Mapping[str, float]
+) -> Caps:
+    """The caps as left behind. If they cannot be read, every limit below the default stays as it is found.
+
+    `found_w`: power limits before any write, by GPU, where the journal knows them.
+    """
     try:
-        return Caps(path, boot_id, load(path, boot_id))
+        caps = Caps(path, boot_id, load(path, boot_id))
     except JournalUnreadable as error:
-        why = str(error)
+        caps = await _unknown(path, boot_id, inventory, clock, str(error))
+    if tripwire.tripped(path.parent):
+        await _keep_emergency(caps, inventory, found_w)
+    return caps
+
+
+async def _keep_emergency(caps: Caps, inventory: Inventory, found_w: Mapping[str, float]) -> None:
+    """The floor has tripped: a GPU whose emergency cap found no room on disk keeps the limit that it has."""
+    for worker in inventory.workers:
+        if worker.facts is None or worker.facts.mig_enabled or caps.find((worker.uuid, OwnerKind.GUARD)) is not None:
+            continue
+        with contextlib.suppress(GpuError):
+            limit_w = await worker.call(lambda device: device.power_limit_w())
+            before_w = caps.captured_w(worker.uuid)
+            captured_w = found_w.get(worker.uuid, limit_w) if before_w is None else before_w
+            reason = "in force when the agent started, the watts floor tripped"
+            caps.put_unrecorded(Cap(worker.uuid, GUARD, limit_w, reason, captured_w))
+
+
+async def _unknown(path: Path, boot_id: str, inventory: Inventory, clock: Clock, why: str) -> Caps:
     caps = []
     for worker in inventory.workers:
         if worker.facts is None or worker.facts.mig_enabled:
@@ -171,16 +196,16 @@ async def recover_caps(path: Path, boot_id: str, inventory: Inventory, clock: Cl
         if limit_w < default_w - 0.5:
             owner = Owner(OwnerKind.OPERATOR, "unknown")
             caps.append(Cap(worker.uuid, owner, limit_w, "found when the file of caps was unreadable", default_w))
-    aside = path.with_name(f"{path.name}.unreadable-{int(clock.wall_s())}")
+    aside = ""
     try:
-        os.link(path, aside)
+        aside = str(keep_aside(path, int(clock.wall_s())))
         write_durably(path, dump(boot_id, caps))
     except OSError as problem:
         log.error("unreadable file of caps stays in place", why=str(problem))
     log.error(
         "file of caps is unreadable: power limits stay as they are until an operator releases them",
         why=why,
-        kept_as=str(aside),
+        kept_as=aside,
         gpus=[cap.gpu_uuid for cap in caps],
     )
     return Caps(path, boot_id, caps)

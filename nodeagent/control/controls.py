@@ -22,7 +22,7 @@ from nodeagent.control.caps import Cap, Caps
 from nodeagent.control.drift import DriftWatch
 from nodeagent.control.fence import Fence
 from nodeagent.control.journal import Journal
-from nodeagent.control.leases import Lease, LeaseTable, Owner, OwnerKind
+from nodeagent.control.leases import GUARD, Lease, LeaseTable, Owner, OwnerKind
 from nodeagent.control.results import NOT_OBSERVED, Code, Observed, Result, Wish
 from nodeagent.control.settings import (
     CONTROLS,
@@ -42,7 +42,6 @@ from nodeagent.telemetry.metrics import AgentMetrics
 
 log = get_logger(__name__)
 
-GUARD = Owner(OwnerKind.GUARD, "this node")
 UNLOCKED = ClockLock(0, 0)
 """How a pin on the clocks shows in a list: held unlocked."""
 CLOCKS = (ControlKind.CLOCK_LOCK, ControlKind.MEMORY_CLOCK_LOCK)

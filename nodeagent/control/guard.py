@@ -16,6 +16,7 @@ from pathlib import Path
 from common.clock import Clock
 from common.logs import get_logger
 from nodeagent.audit import AuditLog
+from nodeagent.control import tripwire
 from nodeagent.control.controls import Controls
 from nodeagent.control.fence import Fence
 from nodeagent.control.guard_rules import (
@@ -81,6 +82,8 @@ class Guard:
         except (OSError, ValueError) as error:
             self._state = GuardState()
             log.error("guard file is unreadable; rules are off, standing caps stay", path=str(path), why=str(error))
+        if tripwire.tripped(path.parent) and not self._state.tripped:
+            self._state, self._dirty = replace(self._state, tripped=True), True
         self._armed_s = clock.monotonic_s()
         self._boosting_until_s = 0.0
         self._history: dict[str, deque[tuple[float, EngineReading]]] = {}
@@ -121,6 +124,7 @@ class Guard:
             except OSError as error:
                 self._state = before
                 raise Unavailable(f"the rules cannot be written to {self._path}: {error.strerror or error}") from None
+            self._arm()
             self._armed_s = self._clock.monotonic_s()
             self._history.clear()
             self._act("rules", f"rules set by {who}: {reason}")
@@ -136,6 +140,7 @@ class Guard:
             self._state = replace(self._state, tripped=True)
             self._act("trip", f"watts floor tripped: {why}")
             capping = asyncio.get_running_loop().create_task(self._cap())  # GPUs first; the disk may be slow, or full
+            await self._mark_tripped()
             await self._save_or_later()
             await capping
 
@@ -149,9 +154,11 @@ class Guard:
             before = self._state
             self._state = replace(before, tripped=False)
             try:
+                await asyncio.to_thread(tripwire.lift, self._path.parent)
                 await self._save()
             except OSError as error:
                 self._state = before
+                await self._mark_tripped()
                 raise Unavailable(f"the lift cannot be written to {self._path}: {error.strerror or error}") from None
             self._armed_s = self._clock.monotonic_s()
             results = await self._controls.lift_guard_caps()
@@ -168,6 +175,9 @@ class Guard:
             self._state = replace(self._state, tripped=True)
             self._act("trip", "emergency caps were found standing; the watts floor counts as tripped")
             await self._save_or_later()
+        if self._state.tripped:
+            await self._mark_tripped()
+        self._arm()
         await self._settle()
 
     async def _settle(self) -> None:
@@ -276,6 +286,20 @@ class Guard:
     def _gauges(self) -> None:
         self._metrics.guard_tripped.set(self._state.tripped)
         self._metrics.guard_boosting.set(self.boosting)
+
+    def _arm(self) -> None:
+        if not self._state.watts_floor.enabled:
+            return
+        try:
+            tripwire.arm(self._path.parent)
+        except OSError as error:
+            log.error("no file could be kept ready for a trip on a full disk", why=str(error))
+
+    async def _mark_tripped(self) -> None:
+        try:
+            await asyncio.to_thread(tripwire.trip, self._path.parent)
+        except OSError as error:
+            log.error("the trip cannot be marked on disk", why=str(error))
 
     async def _save(self) -> None:
         await asyncio.to_thread(write_durably, self._path, dump(self._state))

@@ -30,6 +30,9 @@ class Owner:
         return f"{self.kind.name.lower()} {self.name!r}"
 
 
+GUARD = Owner(OwnerKind.GUARD, "this node")
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The right to keep one control at a setting until an instant of the monotonic clock."""

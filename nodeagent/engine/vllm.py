@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import httpx
 
@@ -33,6 +34,8 @@ class EngineReading:
     generation_tokens_total: float | None = None
     ttft_seconds: Histogram | None = None
     token_gap_seconds: Histogram | None = None
+    tbt_seconds: Histogram | None = None
+    """Mean time between tokens of each finished request."""
 
     @property
     def idle(self) -> bool:
@@ -46,9 +49,11 @@ class EngineSilent(Exception):
 
 _TTFT = "time_to_first_token_seconds"
 _GAP = "inter_token_latency_seconds"
+_TBT = "request_time_per_output_token_seconds"
 _LINE = re.compile(
     rb"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc|prompt_tokens_total|generation_tokens_total"
-    rb"|(?:time_to_first_token_seconds|inter_token_latency_seconds)_(?:bucket|sum))"
+    rb"|(?:time_to_first_token_seconds|inter_token_latency_seconds|request_time_per_output_token_seconds)"
+    rb"_(?:bucket|sum))"
     rb"(?:\{([^\n]*)\})? ([^\s]+)",
     re.MULTILINE,
 )
@@ -58,7 +63,7 @@ _BOUND = re.compile(rb'(?:^|,)le="([^"]+)"')
 def parse_metrics(page: bytes) -> EngineReading:
     """The reading of a metrics page; raises EngineSilent if it is not one of vLLM's."""
     values: dict[str, list[float]] = {}
-    buckets: dict[str, dict[float, float]] = {_TTFT: {}, _GAP: {}}
+    buckets: dict[str, dict[float, float]] = {_TTFT: {}, _GAP: {}, _TBT: {}}
     for name_bytes, labels, text in _LINE.findall(page):
         name, value = name_bytes.decode(), float(text)
         if not name.endswith("_bucket"):
@@ -78,6 +83,7 @@ def parse_metrics(page: bytes) -> EngineReading:
         generation_tokens_total=_total(values, "generation_tokens_total"),
         ttft_seconds=_histogram(buckets[_TTFT], _total(values, f"{_TTFT}_sum")),
         token_gap_seconds=_histogram(buckets[_GAP], _total(values, f"{_GAP}_sum")),
+        tbt_seconds=_histogram(buckets[_TBT], _total(values, f"{_TBT}_sum")),
     )
 
 
@@ -89,7 +95,13 @@ def _histogram(series: Mapping[float, float], total: float | None) -> Histogram 
     if not series or max(series) != float("inf"):
         return None
     bounds = sorted(series)
-    return Histogram(tuple(bounds[:-1]), tuple(int(series[bound]) for bound in bounds), total or 0.0)
+    return Histogram(_shared(tuple(bounds[:-1])), tuple(int(series[bound]) for bound in bounds), total or 0.0)
+
+
+@lru_cache(maxsize=64)
+def _shared(bounds: tuple[float, ...]) -> tuple[float, ...]:
+    """The same object for the same bounds: the history of samples would hold hundreds of copies."""
+    return bounds
 
 
 class VllmClient:

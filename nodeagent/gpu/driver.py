@@ -72,6 +72,7 @@ class GpuReading:
     """One look at a GPU. None where the driver has no answer: unknown is not zero."""
 
     power_w: float | None = None
+    """NVML's nvmlDeviceGetPowerUsage: on Hopper the mean of the last second."""
     energy_counter_j: float | None = None
     """The hardware counter as it stands; it starts again at zero when the driver is reloaded."""
     sm_mhz: int | None = None
@@ -80,6 +81,7 @@ class GpuReading:
     utilization_ratio: float | None = None
     power_limit_w: float | None = None
     event_reasons: tuple[str, ...] = ()
+    memory_temperature_c: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import pynvml
@@ -80,6 +81,16 @@ def decode_event_reasons(mask: int) -> tuple[str, ...]:
         _EVENT_REASONS.get(1 << bit, f"unknown_{1 << bit:#x}") for bit in range(mask.bit_length()) if mask >> bit & 1
     ]
     return tuple(names)
+
+
+def pci_numa_node(bus_id: str, root: Path = Path("/sys/bus/pci/devices")) -> int | None:
+    """The NUMA node of a device by NVML's bus id ("00000000:18:00.0"); None where the kernel does not know."""
+    domain, _, rest = bus_id.lower().partition(":")
+    try:
+        node = int((root / f"{domain[-4:]}:{rest}" / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
 
 
 class NvmlDriver:
@@ -157,8 +168,18 @@ class NvmlDevice:
             default_power_limit_w=default_mw / 1000,
             mig_enabled=mig is not None and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE,
             persistence_enabled=persistence == pynvml.NVML_FEATURE_ENABLED,
-            numa_node=int(_optional(lambda: pynvml.nvmlDeviceGetNumaNodeId(handle)) or 0),
+            numa_node=self._numa_node(),
         )
+
+    def _numa_node(self) -> int:
+        """From the kernel, by bus address: NVML itself answers on machines with coherent memory only. 0: unknown."""
+        pci = _optional(lambda: pynvml.nvmlDeviceGetPciInfo(self._handle))
+        if pci is not None:
+            bus_id = pci.busId.decode() if isinstance(pci.busId, bytes) else str(pci.busId)
+            node = pci_numa_node(bus_id)
+            if node is not None:
+                return node
+        return int(_optional(lambda: pynvml.nvmlDeviceGetNumaNodeId(self._handle)) or 0)
 
     def _sm_clocks_mhz(self) -> tuple[int, ...]:
         memory_mhz = max(pynvml.nvmlDeviceGetSupportedMemoryClocks(self._handle))
@@ -185,7 +206,14 @@ class NvmlDevice:
             utilization_ratio=None if utilization is None else utilization.gpu / 100,
             power_limit_w=None if limit_mw is None else limit_mw / 1000,
             event_reasons=() if reasons is None else decode_event_reasons(int(reasons)),
+            memory_temperature_c=_optional(self._memory_temperature_c),
         )
+
+    def _memory_temperature_c(self) -> float:
+        (field,) = pynvml.nvmlDeviceGetFieldValues(self._handle, [pynvml.NVML_FI_DEV_MEMORY_TEMP])
+        if field.nvmlReturn != pynvml.NVML_SUCCESS:
+            raise pynvml.NVMLError(field.nvmlReturn)
+        return float(field.value.uiVal)
 
     def use(self) -> GpuUse:
         handle = self._handle

@@ -96,6 +96,7 @@ class SampleCollector(Collector):
         if sample is not None:
             yield from _gpus(sample)
             yield from _instances(sample)
+            yield from _host(sample)
 
 
 def _gpus(sample: Sample) -> Iterator[Metric]:
@@ -108,6 +109,9 @@ def _gpus(sample: Sample) -> Iterator[Metric]:
     temperature = GaugeMetricFamily("dynamollm_gpu_temperature_celsius", "GPU temperature.", labels=labels)
     busy = GaugeMetricFamily("dynamollm_gpu_utilization_ratio", "Share of time with work.", labels=labels)
     energy = CounterMetricFamily("dynamollm_gpu_energy_joules", "Energy drawn.", labels=labels)
+    memory_temperature = GaugeMetricFamily(
+        "dynamollm_gpu_memory_temperature_celsius", "Temperature of the GPU's memory.", labels=labels
+    )
     drift = GaugeMetricFamily(
         "dynamollm_gpu_clock_drift_hertz",
         "SM clock outside the lock in force: above it positive, below negative.",
@@ -131,6 +135,7 @@ def _gpus(sample: Sample) -> Iterator[Metric]:
             (clock, reading.sm_mhz, 1e6),
             (locked, gpu.locked_mhz, 1e6),
             (temperature, reading.temperature_c, 1.0),
+            (memory_temperature, reading.memory_temperature_c, 1.0),
             (busy, reading.utilization_ratio, 1.0),
             (energy, gpu.energy_j, 1.0),
             (drift, gpu.drift_mhz, 1e6),
@@ -141,7 +146,7 @@ def _gpus(sample: Sample) -> Iterator[Metric]:
             reasons.add_metric([*name, reason], 1.0)
         for alarm in gpu.alarms:
             alarms.add_metric([*name, alarm], 1.0)
-    yield from (up, power, limit, clock, locked, temperature, busy, energy, drift, alarms, reasons)
+    yield from (up, power, limit, clock, locked, temperature, memory_temperature, busy, energy, drift, alarms, reasons)
 
 
 def _instances(sample: Sample) -> Iterator[Metric]:
@@ -151,6 +156,13 @@ def _instances(sample: Sample) -> Iterator[Metric]:
     running = GaugeMetricFamily("dynamollm_instance_requests_running", "Requests being served.", labels=["instance"])
     waiting = GaugeMetricFamily("dynamollm_instance_requests_waiting", "Requests in the queue.", labels=["instance"])
     cache = GaugeMetricFamily("dynamollm_instance_kv_cache_usage_ratio", "KV cache in use.", labels=["instance"])
+    prompt = CounterMetricFamily("dynamollm_instance_prompt_tokens", "Input tokens computed.", labels=["instance"])
+    generation = CounterMetricFamily("dynamollm_instance_generation_tokens", "Tokens generated.", labels=["instance"])
+    power = GaugeMetricFamily(
+        "dynamollm_instance_power_watts",
+        "Power of its GPUs together, asleep too; missing while it shares one.",
+        labels=["instance"],
+    )
     for instance in sample.instances:
         state.add_metric([instance.instance_id, instance.state.value], 1.0)
         if instance.engine is not None:
@@ -158,4 +170,36 @@ def _instances(sample: Sample) -> Iterator[Metric]:
             waiting.add_metric([instance.instance_id], instance.engine.waiting)
             if instance.engine.kv_cache_usage_ratio is not None:
                 cache.add_metric([instance.instance_id], instance.engine.kv_cache_usage_ratio)
-    yield from (state, running, waiting, cache)
+            for family, total in (
+                (prompt, instance.engine.prompt_tokens_total),
+                (generation, instance.engine.generation_tokens_total),
+            ):
+                if total is not None:
+                    family.add_metric([instance.instance_id], total)
+        if instance.power_w is not None:
+            power.add_metric([instance.instance_id], instance.power_w)
+    yield from (state, running, waiting, cache, prompt, generation, power)
+
+
+def _host(sample: Sample) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "dynamollm_host_cpu_utilization_ratio",
+        "Share of the processors at work.",
+        value=sample.host.cpu_utilization_ratio,
+    )
+    yield GaugeMetricFamily(
+        "dynamollm_host_memory_available_bytes",
+        "Memory that programs can have without swapping.",
+        value=sample.host.memory_available_bytes,
+    )
+    numa = GaugeMetricFamily("dynamollm_host_numa_free_bytes", "Free memory of a NUMA node.", labels=["numa_node"])
+    for number, free in sample.host.numa_free_bytes:
+        numa.add_metric([str(number)], free)
+    yield numa
+    alarms = GaugeMetricFamily(
+        "dynamollm_node_alarm", "1 for each thing about the node that an operator should look at.", labels=["alarm"]
+    )
+    for alarm in sample.alarms:
+        alarms.add_metric([alarm], 1.0)
+    yield alarms
+    yield GaugeMetricFamily("dynamollm_node_draining", "1 while the node is out of service.", value=sample.draining)

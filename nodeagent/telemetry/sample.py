@@ -37,6 +37,11 @@ class InstanceSample:
     instance_id: str
     state: State
     engine: EngineReading | None
+    prompt_tokens_per_s: float | None = None
+    """Since the sample before; None in the first one and after a restart of the engine."""
+    generation_tokens_per_s: float | None = None
+    power_w: float | None = None
+    """What its GPUs draw together, asleep too; None while another instance is on one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,9 @@ class HostSample:
 
     cpu_utilization_ratio: float
     memory_used_ratio: float
+    memory_available_bytes: int = 0
+    numa_free_bytes: tuple[tuple[int, int], ...] = ()
+    """Node id and free memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +64,7 @@ class Sample:
     gpus: tuple[GpuSample, ...]
     instances: tuple[InstanceSample, ...]
     host: HostSample
+    alarms: tuple[str, ...] = ()
+    """What an operator should look at that belongs to no single GPU."""
+    draining: bool = False
+    """The node is out of service."""

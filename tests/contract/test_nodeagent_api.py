@@ -19,6 +19,7 @@ from dynamollm.v1 import node_agent_pb2 as pb
 from dynamollm.v1 import types_pb2 as types
 from simulator.host.nvml.state import Calls, NvmlError
 from tests.nodehost import NodeHost, refused, until
+from tests.nvml_client import NvmlClient
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -298,3 +299,60 @@ def test_the_listen_file_goes_with_the_agent(tmp_path: Path) -> None:
         assert host.terminate() == 0
         assert host.addresses() == {}
         assert not host.socket.exists()
+
+
+def operator() -> types.Owner:
+    return types.Owner(kind=types.OWNER_KIND_OPERATOR, name="ada")
+
+
+def rules(host: NodeHost, reason: str = "test", **fields: Any) -> pb.SetGuardRequest:
+    return pb.SetGuardRequest(request_id=host.request_id(), reason=reason, **fields)
+
+
+def test_an_operator_needs_no_term_and_a_controller_needs_its_own(host: NodeHost) -> None:
+    term = term_of(host) + 5
+    apply(host, clock(host, 0, 990), term=term)
+    host.stub.SetGuard(rules(host, owner=operator()), timeout=10)
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "older than"):
+        host.stub.SetGuard(rules(host, term=term - 1), timeout=10)
+    other = types.Owner(kind=types.OWNER_KIND_CONTROLLER, name="usurper")
+    with refused(grpc.StatusCode.FAILED_PRECONDITION, "'ctl' holds this node"):
+        host.stub.SetGuard(rules(host, term=term, owner=other), timeout=10)
+    with refused(INVALID, "nobody may speak for it"):
+        guard = types.Owner(kind=types.OWNER_KIND_GUARD, name="x")
+        host.stub.SetGuard(rules(host, term=term, owner=guard), timeout=10)
+    with refused(grpc.StatusCode.NOT_FOUND):  # let through, and there is no such instance
+        request = pb.StopInstanceRequest(request_id=host.request_id(), owner=operator(), instance_id="none")
+        host.stub.StopInstance(request, timeout=10)
+    assert term_of(host) == term
+
+
+def test_a_late_reader_gets_the_past_first(host: NodeHost) -> None:
+    watch = pb.WatchTelemetryRequest(interval_s=0.05)
+    for number, _ in enumerate(host.stub.WatchTelemetry(watch, timeout=20)):
+        if number == 10:
+            break
+    past = pb.WatchTelemetryRequest(interval_s=0.05, history_samples=5)
+    seen = list(itertools.islice(host.stub.WatchTelemetry(past, timeout=20), 7))
+    assert [one.replayed for one in seen] == [True] * 5 + [False] * 2
+    assert [one.sequence for one in seen] == list(range(7))
+    times = [one.sampled_at.ToNanoseconds() for one in seen]
+    assert times == sorted(times)
+
+
+def test_samples_tell_of_memory_temperature_numa_and_alarms(host: NodeHost) -> None:
+    with NvmlClient(host.gpus.path) as client:
+        client.call("nvmlDeviceSetPersistenceMode", 0, gpu=3)
+        host.stub.GetNode(pb.GetNodeRequest(), timeout=10)  # reads the facts anew
+        one = next(iter(host.stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=0.2), timeout=10)))
+        for _ in range(2):  # the sample before may have been under way
+            one = next(iter(host.stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=0.2), timeout=10)))
+        client.call("nvmlDeviceSetPersistenceMode", 1, gpu=3)
+        host.stub.GetNode(pb.GetNodeRequest(), timeout=10)
+    assert all(20 <= gpu.memory_temperature_c < 120 for gpu in one.gpus)
+    assert [list(gpu.alarms) for gpu in one.gpus] == [["persistence_off"] if gpu == 3 else [] for gpu in range(8)]
+    assert one.host.memory_available_bytes > 0
+    nodes = host.stub.GetNode(pb.GetNodeRequest(), timeout=10).numa_nodes
+    assert [node.id for node in nodes] == [node.id for node in one.host.numa]
+    assert all(0 < free.memory_free_bytes <= node.memory_bytes for free, node in zip(one.host.numa, nodes, strict=True))
+    assert list(one.alarms) == []

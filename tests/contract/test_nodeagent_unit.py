@@ -120,6 +120,7 @@ class TestInstaller:
             "etc/dynamollm/nodeagent.toml",
             "etc/systemd/system/dynamollm-nodeagent.service",
             "etc/systemd/system/dynamollm-vllm@.service",
+            "usr/bin/dynamollm",
             "usr/bin/dynamollm-nodeagent",
             "usr/lib/sysusers.d/dynamollm.conf",
             "usr/lib/tmpfiles.d/dynamollm.conf",
@@ -134,10 +135,30 @@ class TestInstaller:
             [tmp_path / "usr/bin/dynamollm-nodeagent", "check-config"], capture_output=True, text=True, check=False
         )
         assert checked.returncode == 0, checked.stderr
+        help_text = [tmp_path / "usr/bin/dynamollm", "node", "drain", "--help"]
+        assert subprocess.run(help_text, capture_output=True, check=False).returncode == 0
         assert "kept" in self.run(tmp_path, "remove").stdout
         assert self.files(tmp_path) == ["etc/dynamollm/nodeagent.toml"]
         assert self.run(tmp_path, "remove", "--purge").returncode == 0
         assert self.files(tmp_path) == []
+
+    def test_what_it_installs_needs_nothing_of_a_controllers_packages(self) -> None:
+        extras = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        names = sorted(
+            {re.split(r"[\[<>=~;! ]", line)[0].lower() for line in extras["controller"] + extras["simulator"]}
+        )
+        locked = re.findall(r"^([a-z0-9-]+)==", (TOP / "requirements-node.lock").read_text(), re.MULTILINE)
+        names = [name for name in names if name not in ("dynamollm", *locked)]
+        code = (
+            "import sys, nodeagent.daemon, nodeagent.cli, controller.cli.on_node\n"
+            "from importlib.metadata import packages_distributions\n"
+            f"owners, extras = packages_distributions(), set({names!r})\n"
+            "tops = {name.partition('.')[0] for name in sys.modules}\n"
+            "print([top for top in tops if {owner.lower() for owner in owners.get(top, [])} & extras])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=TOP)
+        assert "numpy" in names
+        assert done.stdout.strip() == "[]"
 
     @pytest.mark.parametrize("arguments", [(), ("upgrade",), ("install", "--purge"), ("remove", "--linked")])
     def test_what_it_does_not_know_changes_nothing(self, tmp_path: Path, arguments: tuple[str, ...]) -> None:

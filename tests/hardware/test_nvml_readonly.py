@@ -1,8 +1,13 @@
-"""The driver on a real GPU, where there is one: reads only, never changes a card's settings."""
+"""The driver on a real GPU, where there is one: reads only, never changes a card's settings.
+
+Unless DYNAMOLLM_OWN_GPUS=1 says that the machine is ours alone: then a clock is locked and freed again, and the power
+limit set to what it is.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -42,6 +47,7 @@ def test_every_gpu_can_be_read(driver: NvmlDriver) -> None:
         first, second = device.read(), device.read()
         assert first.power_w is None or 1 < first.power_w < 3000
         assert first.temperature_c is None or 0 < first.temperature_c < 120
+        assert first.memory_temperature_c is None or 0 < first.memory_temperature_c < 130
         assert first.utilization_ratio is None or 0 <= first.utilization_ratio <= 1
         if first.energy_counter_j is not None and second.energy_counter_j is not None:
             assert second.energy_counter_j >= first.energy_counter_j
@@ -54,3 +60,25 @@ def test_a_gpu_is_found_again_by_its_uuid(driver: NvmlDriver) -> None:
     for index in range(driver.count()):
         uuid = driver.open_index(index).uuid
         assert driver.open_uuid(uuid).facts().index == index
+
+
+@pytest.mark.skipif(
+    os.environ.get("DYNAMOLLM_OWN_GPUS") != "1", reason="changes settings; DYNAMOLLM_OWN_GPUS=1 allows it"
+)
+def test_settings_can_be_changed_and_put_back(driver: NvmlDriver) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("the driver lets only root change settings")
+    device = driver.open_index(0)
+    facts = device.facts()
+    if not facts.sm_clocks_mhz:
+        pytest.skip("this GPU has no clocks to lock")
+    middle_mhz = facts.sm_clocks_mhz[len(facts.sm_clocks_mhz) // 2]
+    try:
+        device.lock_clocks_mhz(facts.sm_clocks_mhz[0], middle_mhz)
+        time.sleep(0.5)
+        assert device.sm_mhz() <= middle_mhz + 30
+    finally:
+        device.reset_clocks()
+    limit_w = device.power_limit_w()
+    device.set_power_limit_w(limit_w)
+    assert device.power_limit_w() == pytest.approx(limit_w, abs=0.5)

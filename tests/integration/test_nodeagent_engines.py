@@ -80,6 +80,21 @@ def sample(host: NodeHost, instance_id: str) -> pb.InstanceSample:
     return next(instance for instance in telemetry.instances if instance.instance_id == instance_id)
 
 
+def test_token_rates_are_told(host: NodeHost) -> None:
+    host.launch("a", [0, 1])
+    client = Client(host.wait_state("a", READY).endpoint, 200)
+    rates = []
+    for telemetry in host.stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=0.1), timeout=30):
+        rates += [one.generation_tokens_per_s for one in telemetry.instances if one.generation_tokens_total > 0]
+        if not client.is_alive():
+            break
+    client.join(30)
+    assert client.answered_tokens == 200
+    assert 5 < max(rates) < 500
+    host.stop("a", force=True)
+    host.wait_state("a", STOPPED)
+
+
 def test_a_whole_life(host: NodeHost) -> None:
     states: list[int] = []
     watch = host.stub.WatchInstances(pb.WatchInstancesRequest(), timeout=60)
@@ -108,6 +123,9 @@ def test_a_whole_life(host: NodeHost) -> None:
     assert (seen.requests_running, seen.requests_waiting) == (0, 0)
     assert seen.generation_tokens_total >= 20
     assert seen.prompt_tokens_total > 0
+    assert seen.tbt_seconds.counts[-1] >= 1  # of whole requests
+    assert seen.tbt_seconds.counts[-1] < seen.token_gap_seconds.counts[-1]
+    assert 0 < seen.power_w < 1400
     assert 0 <= seen.kv_cache_usage_ratio <= 1
     for histogram in (seen.ttft_seconds, seen.token_gap_seconds):
         assert len(histogram.counts) == len(histogram.bounds) + 1

@@ -15,6 +15,7 @@ import grpc
 import httpx
 import pytest
 
+from dynamollm.v1 import node_agent_pb2 as pb
 from dynamollm.v1 import types_pb2 as types
 from tests.nodehost import MODEL, NodeHost, refused, until
 
@@ -132,11 +133,30 @@ def test_a_request_that_slips_in_is_finished_before_the_sleep(tmp_path: Path) ->
         assert answers == [5]  # late, not lost
 
 
+def test_the_watts_and_the_memory_of_a_sleeper_are_told(host: NodeHost) -> None:
+    sleeper = asleep(host, "a", [0, 1])
+    idle_w = sum(host.gpus.observe(gpu).power_w for gpu in (0, 1))
+    assert sleeper.asleep_power_w == pytest.approx(idle_w, rel=0.05)
+    assert sleeper.asleep_gpu_bytes == pytest.approx(2 * 1.5 * GIB, rel=0.05)
+    assert sleeper.asleep_host_bytes > sleeper.asleep_gpu_bytes
+    sample = next(iter(host.stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=0.1), timeout=20)))
+    assert sample.instances[0].power_w == pytest.approx(idle_w, rel=0.05)
+    host.wake("a")
+    awake = host.wait_state("a", READY)
+    assert not awake.HasField("asleep_power_w")
+    assert awake.asleep_gpu_bytes == 0
+
+
 def test_layouts_share_gpus_while_one_sleeps(host: NodeHost) -> None:
     asleep(host, "tp2", [0, 1])
     host.launch("tp4", [0, 1, 2, 3])
     four = host.wait_state("tp4", READY)
     assert complete(four.endpoint) == 5
+    for sample in host.stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=0.1), timeout=20):
+        power_w = {one.instance_id: one.HasField("power_w") for one in sample.instances}
+        if "tp4" in power_w:
+            break
+    assert power_w == {"tp2": False, "tp4": False}  # on shared GPUs nobody can tell whose watts they are
     with refused(PRECONDITION, "belongs to 'tp4', which is ready; put that one to sleep"):
         host.wake("tp2")
     with refused(PRECONDITION, "belongs to instance 'tp4'"):

@@ -39,12 +39,31 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         yield node
 
 
-def test_installed_it_is_ready_and_only_its_group_may_talk_to_it(node: Node) -> None:
+def test_installed_it_is_ready(node: Node) -> None:
     assert node.serves()
     assert node.machine.show(AGENT, "StatusText").startswith("serving 4 GPUs")
     assert node.machine.run("stat", "-c", "%a %U %G", SOCKET).stdout.split() == ["660", "root", "dynamollm"]
     assert node.machine.show(AGENT, "UnitFileState") == "enabled"
     assert node.stub.GetNode(pb.GetNodeRequest(), timeout=10).node_id == "node-0"
+
+
+def test_only_its_group_may_talk_to_it(node: Node) -> None:
+    node.machine.run("useradd", "--no-create-home", "--groups", "dynamollm", "ada")
+    node.machine.run("useradd", "--no-create-home", "eve")
+    # Perl, because the interpreter of these tests may lie where only root looks.
+    connect = ("perl", "-MIO::Socket::UNIX", "-e", "exit !IO::Socket::UNIX->new($ARGV[0])", SOCKET)
+    for user, allowed in (("ada", True), ("eve", False)):
+        login = ("setpriv", f"--reuid={user}", "--regid=nogroup", "--init-groups")
+        assert (node.machine.run(*login, *connect, check=False).returncode == 0) is allowed, user
+
+
+def test_it_is_operated_by_hand_where_it_is_installed(node: Node) -> None:
+    node.machine.run("dynamollm", "node", "lock", "--mhz", "1200", "--gpu", "0")
+    assert node.locks()[0] == (1200, 1200)
+    shown = node.machine.run("env", "COLUMNS=200", "dynamollm", "node", "show").stdout
+    assert "operator root (override)" in shown
+    node.machine.run("dynamollm", "node", "reset")
+    assert node.locks() == [None] * GPUS
 
 
 def test_a_stop_restores_the_clocks(node: Node) -> None:

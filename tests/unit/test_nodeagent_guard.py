@@ -280,6 +280,22 @@ class TestWattsFloor:
         await node.guard.tick()  # room again: the state is written down
         assert json.loads((node.path / "guard.json").read_text())["tripped"] is True
 
+    async def test_a_trip_on_a_full_disk_survives_a_kill(self, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+        await node.guard.set_rules(NOTHING, FLOOR, "test", "test")
+        await node.apply(PowerLimit(600.0), gpu=1, ttl_s=10.0)  # the journal knows what this GPU had
+        with monkeypatch.context() as patch:
+            for module in ("journal", "guard", "caps", "recovery"):
+                patch.setattr(f"nodeagent.control.{module}.write_durably", full)
+            await node.guard.trip("test")
+            heir = await node.again()
+            await heir.controls.sweep()
+            assert heir.limits_w() == [350.0, 300.0]
+            assert heir.guard.state.tripped
+        heir.clock.advance(1.1)
+        await heir.controls.sweep()
+        await heir.guard.lift("test")
+        assert heir.limits_w() == [350.0, 650.0], "nobody knows what GPU 0 had, so its limit stays down"
+
     async def test_a_gpu_that_was_lost_is_capped_when_it_is_found(self, node: Node) -> None:
         await node.guard.set_rules(NOTHING, FLOOR, "test", "test")
         node.driver.gpus[0].fault = GpuLost("gone")

@@ -39,16 +39,18 @@ def page() -> str:
         utilization_ratio=0.75,
         power_limit_w=650.0,
         event_reasons=("sw_power_cap", "hw_power_brake_slowdown"),
+        memory_temperature_c=72.0,
     )
     well = GpuSample(
         "GPU-a", 0, GpuHealth.OK, reading, 1000.0, False, 990, 60, ("hw_power_brake_slowdown", "foreign_power_limit")
     )
     lost = GpuSample("GPU-b", 1, GpuHealth.LOST, GpuReading(), None, False, None)
     instances = (
-        InstanceSample("chat-0", State.READY, EngineReading(3, 1, 0.5)),
+        InstanceSample("chat-0", State.READY, EngineReading(3, 1, 0.5, 1200.0, 340.0), power_w=412.5),
         InstanceSample("chat-1", State.STARTING, None),
     )
-    sample = Sample(0.0, 0.0, (well, lost), instances, HostSample(0.25, 0.5))
+    host = HostSample(0.25, 0.5, 64 << 30, ((0, 10 << 30), (1, 20 << 30)))
+    sample = Sample(0.0, 0.0, (well, lost), instances, host, ("watts_floor_tripped",), draining=True)
     registry.register(SampleCollector(lambda: sample, lambda: 0))
     return generate_latest(registry).decode()
 

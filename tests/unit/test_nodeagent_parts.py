@@ -32,6 +32,8 @@ from nodeagent.control.settings import (
 from nodeagent.errors import Invalid, Precondition, Unavailable
 from nodeagent.files import StateLock, ensure_directory, write_durably
 from nodeagent.gpu.driver import GpuFacts
+from nodeagent.gpu.nvml import pci_numa_node
+from nodeagent.host import NumaNode, numa_free_bytes, numa_nodes
 from nodeagent.idempotency import RequestLog
 from nodeagent.telemetry.energy import EnergyMeter
 from nodeagent.telemetry.sample import HostSample, Sample
@@ -296,6 +298,47 @@ class TestStream:
         assert await take(slow, 3) == [0.0, 1.0, 2.0]
         stream.unsubscribe(fast)
         assert stream.fastest_s(5.0) == 1.0
+
+    async def test_one_that_comes_late_gets_the_past_at_its_own_pace_and_then_goes_on(self) -> None:
+        stream = SampleStream(queue_samples=2, history_samples=8)
+        for tick in range(20):
+            stream.publish(sample(tick * 0.5))
+        late, none = stream.subscribe(1.0, history_samples=100), stream.subscribe(1.0)
+        assert late.replayed == 4  # of the eight that are kept, every second one
+        assert none.replayed == 0
+        stream.publish(sample(10.0))  # half a second after the last: not due for this reader
+        stream.publish(sample(10.5))
+        got = []
+        async for sequence, one in late:
+            got.append((sequence, one.monotonic_s))
+            if len(got) == 5:
+                break
+        assert got == [(0, 6.5), (1, 7.5), (2, 8.5), (3, 9.5), (4, 10.5)]
+        assert stream.subscribe(0.5, history_samples=2).replayed == 2
+
+
+class TestNuma:
+    def test_nodes_and_what_they_have_free(self, tmp_path: Path) -> None:
+        for number in (0, 1):
+            (tmp_path / f"node{number}").mkdir()
+            text = f"Node {number} MemTotal:  2048 kB\nNode {number} MemFree:  {512 * (number + 1)} kB\n"
+            (tmp_path / f"node{number}" / "meminfo").write_text(text)
+            (tmp_path / f"node{number}" / "cpulist").write_text(f"{number * 4}-{number * 4 + 3}\n")
+        (tmp_path / "online").write_text("0-1\n")
+        nodes = numa_nodes(tmp_path)
+        assert nodes == (NumaNode(0, 2 << 20, "0-3"), NumaNode(1, 2 << 20, "4-7"))
+        assert numa_free_bytes(nodes, tmp_path) == ((0, 512 << 10), (1, 1 << 20))
+        (tmp_path / "node1" / "meminfo").unlink()
+        assert numa_free_bytes(nodes, tmp_path) == ((0, 512 << 10),)  # unknown is not zero
+        assert numa_nodes(tmp_path / "none") == ()
+
+    def test_a_gpu_is_near_the_node_of_its_bus_address(self, tmp_path: Path) -> None:
+        for address, node in (("0000:18:00.0", "1"), ("0000:3b:00.0", "-1")):
+            (tmp_path / address).mkdir()
+            (tmp_path / address / "numa_node").write_text(f"{node}\n")
+        assert pci_numa_node("00000000:18:00.0", tmp_path) == 1
+        assert pci_numa_node("00000000:3B:00.0", tmp_path) is None  # the kernel does not know
+        assert pci_numa_node("00000000:99:00.0", tmp_path) is None
 
 
 class TestSdNotify:

@@ -109,3 +109,50 @@ async def test_a_driver_that_throws_anything_harms_only_the_call() -> None:
         await inventory.workers[0].call(lambda gpu: gpu.reset_clocks())
     assert inventory.workers[0].health is GpuHealth.OK
     inventory.close()
+
+
+async def test_of_gpus_asked_together_one_that_hangs_holds_up_nobody() -> None:
+    driver = FakeDriver(4)
+    inventory = Inventory(driver, call_deadline_s=5)
+    await inventory.open()
+    gate = driver.gpus[0].gate = threading.Event()  # the first of the round, which would wake the others
+    calls = [asyncio.create_task(worker.call(lambda gpu: gpu.reset_clocks())) for worker in inventory.workers]
+    await asyncio.wait_for(asyncio.gather(*calls[1:]), 2)
+    assert not calls[0].done()
+    gate.set()
+    await calls[0]
+    inventory.close()
+
+
+async def test_calls_of_one_gpu_keep_their_order_among_those_of_others() -> None:
+    driver = FakeDriver(3)
+    inventory = Inventory(driver, call_deadline_s=5)
+    await inventory.open()
+
+    async def lock(index: int, mhz: int) -> None:
+        await inventory.workers[index].call(lambda gpu: gpu.lock_clocks_mhz(mhz, mhz))
+
+    clocks = [990 + 15 * step for step in range(40)]
+    calls = []
+    for step, mhz in enumerate(clocks):
+        calls += [asyncio.create_task(lock(index, mhz)) for index in range(3)]
+        if step % 3 == 0:
+            await asyncio.sleep(0)  # some are asked in the same turn of the loop, some in the next
+    await asyncio.gather(*calls)
+    for gpu in driver.gpus:
+        assert gpu.calls == [f"lock {mhz}-{mhz}" for mhz in clocks]
+    inventory.close()
+
+
+async def test_a_caller_that_gives_up_in_the_middle_of_a_round_stops_only_its_own_call() -> None:
+    driver = FakeDriver(3)
+    inventory = Inventory(driver, call_deadline_s=5)
+    await inventory.open()
+    calls = [asyncio.create_task(worker.call(lambda gpu: gpu.reset_clocks())) for worker in inventory.workers]
+    await asyncio.sleep(0)
+    calls[0].cancel()
+    calls[1].cancel()
+    await asyncio.wait_for(calls[2], 2)
+    await until(lambda: all(worker.idle for worker in inventory.workers))
+    assert (await inventory.workers[0].call(lambda gpu: gpu.read())).sm_mhz == 1980
+    inventory.close()

@@ -437,10 +437,22 @@ class GetStatusResponse(_message.Message):
     LAST_SENTENCES_FIELD_NUMBER: _builtins.int
     DECISIONS_RECORDED_FIELD_NUMBER: _builtins.int
     DECISIONS_SPOOLED_FIELD_NUMBER: _builtins.int
+    MODES_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
+    PREDICTED_POWER_W_FIELD_NUMBER: _builtins.int
+    DATABASE_UP_FIELD_NUMBER: _builtins.int
     mode: Global___Mode.ValueType
     term: _builtins.int
     decisions_recorded: _builtins.int
     decisions_spooled: _builtins.int
+    holder: _builtins.str
+    """Who leads: this controller's name, unique to its process."""
+    power_w: _builtins.float
+    """Of all GPUs, last sample. Absent while no GPU's power is known."""
+    predicted_power_w: _builtins.float
+    """What the layout was planned to draw."""
+    database_up: _builtins.bool
     @_builtins.property
     def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolStatus]: ...
     @_builtins.property
@@ -448,6 +460,10 @@ class GetStatusResponse(_message.Message):
     @_builtins.property
     def last_sentences(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The last sentence each level of the loop said."""
+
+    @_builtins.property
+    def modes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScopeMode]:
+        """Pools and nodes whose mode is not the cluster's."""
 
     def __init__(
         self,
@@ -459,14 +475,49 @@ class GetStatusResponse(_message.Message):
         last_sentences: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         decisions_recorded: _builtins.int = ...,
         decisions_spooled: _builtins.int = ...,
+        modes: _abc.Iterable[Global___ScopeMode] | None = ...,
+        holder: _builtins.str = ...,
+        power_w: _builtins.float | None = ...,
+        predicted_power_w: _builtins.float | None = ...,
+        database_up: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_predicted_power_w", b"_predicted_power_w", "power_w", b"power_w", "predicted_power_w", b"predicted_power_w"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_predicted_power_w", b"_predicted_power_w", "database_up", b"database_up", "decisions_recorded", b"decisions_recorded", "decisions_spooled", b"decisions_spooled", "holder", b"holder", "last_sentences", b"last_sentences", "mode", b"mode", "modes", b"modes", "nodes", b"nodes", "pools", b"pools", "power_w", b"power_w", "predicted_power_w", b"predicted_power_w", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
+    _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_power_w: _TypeAlias = _typing.Literal["predicted_power_w"]  # noqa: Y015
+    _WhichOneofArgType__predicted_power_w: _TypeAlias = _typing.Literal["_predicted_power_w", b"_predicted_power_w"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_power_w) -> _WhichOneofReturnType__predicted_power_w | None: ...
+
+Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class ScopeMode(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    scope: _builtins.str
+    """"cluster", "pool:NAME" or "node:ID"."""
+    mode: Global___Mode.ValueType
+    def __init__(
+        self,
+        *,
+        scope: _builtins.str = ...,
+        mode: Global___Mode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions_recorded", b"decisions_recorded", "decisions_spooled", b"decisions_spooled", "last_sentences", b"last_sentences", "mode", b"mode", "nodes", b"nodes", "pools", b"pools", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "scope", b"scope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+Global___ScopeMode: _TypeAlias = ScopeMode  # noqa: Y015
 
 @_typing.final
 class PoolStatus(_message.Message):
@@ -478,10 +529,24 @@ class PoolStatus(_message.Message):
     GRANTED_GPUS_FIELD_NUMBER: _builtins.int
     INSTANCES_FIELD_NUMBER: _builtins.int
     REQUEST_RATE_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
+    PLANNED_RATE_FIELD_NUMBER: _builtins.int
+    CAPACITY_RATE_FIELD_NUMBER: _builtins.int
+    SLO_ATTAINMENT_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     model: _builtins.str
     granted_gpus: _builtins.int
     request_rate: _builtins.float
+    mode: Global___Mode.ValueType
+    power_w: _builtins.float
+    planned_rate: _builtins.float
+    """Equivalent requests/s that the pool was planned for, and the most that its ready instances carry in SLO."""
+    capacity_rate: _builtins.float
+    slo_attainment: _builtins.float
+    """Share of the requests that ended in the last minutes that were in SLO. Absent while none ended."""
+    queued: _builtins.int
     @_builtins.property
     def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -495,12 +560,25 @@ class PoolStatus(_message.Message):
         granted_gpus: _builtins.int = ...,
         instances: _abc.Iterable[Global___InstanceStatus] | None = ...,
         request_rate: _builtins.float = ...,
+        mode: Global___Mode.ValueType = ...,
+        power_w: _builtins.float | None = ...,
+        planned_rate: _builtins.float = ...,
+        capacity_rate: _builtins.float = ...,
+        slo_attainment: _builtins.float | None = ...,
+        queued: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_slo_attainment", b"_slo_attainment", "power_w", b"power_w", "slo_attainment", b"slo_attainment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "granted_gpus", b"granted_gpus", "instances", b"instances", "model", b"model", "name", b"name", "request_rate", b"request_rate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_slo_attainment", b"_slo_attainment", "capacity_rate", b"capacity_rate", "classes", b"classes", "granted_gpus", b"granted_gpus", "instances", b"instances", "mode", b"mode", "model", b"model", "name", b"name", "planned_rate", b"planned_rate", "power_w", b"power_w", "queued", b"queued", "request_rate", b"request_rate", "slo_attainment", b"slo_attainment"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
+    _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
+    _WhichOneofReturnType__slo_attainment: _TypeAlias = _typing.Literal["slo_attainment"]  # noqa: Y015
+    _WhichOneofArgType__slo_attainment: _TypeAlias = _typing.Literal["_slo_attainment", b"_slo_attainment"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slo_attainment) -> _WhichOneofReturnType__slo_attainment | None: ...
 
 Global___PoolStatus: _TypeAlias = PoolStatus  # noqa: Y015
 
@@ -513,12 +591,18 @@ class InstanceStatus(_message.Message):
     TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     node_id: _builtins.str
     tensor_parallel: _builtins.int
     state: _types_pb2.InstanceState.ValueType
     clock_mhz: _builtins.int
     """0 means unlocked."""
+    running: _builtins.float
+    waiting: _builtins.float
+    power_w: _builtins.float
     def __init__(
         self,
         *,
@@ -527,12 +611,26 @@ class InstanceStatus(_message.Message):
         tensor_parallel: _builtins.int = ...,
         state: _types_pb2.InstanceState.ValueType = ...,
         clock_mhz: _builtins.int = ...,
+        running: _builtins.float | None = ...,
+        waiting: _builtins.float | None = ...,
+        power_w: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_running", b"_running", "_waiting", b"_waiting", "power_w", b"power_w", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_mhz", b"clock_mhz", "instance_id", b"instance_id", "node_id", b"node_id", "state", b"state", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_running", b"_running", "_waiting", b"_waiting", "clock_mhz", b"clock_mhz", "instance_id", b"instance_id", "node_id", b"node_id", "power_w", b"power_w", "running", b"running", "state", b"state", "tensor_parallel", b"tensor_parallel", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
+    _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
+    _WhichOneofReturnType__running: _TypeAlias = _typing.Literal["running"]  # noqa: Y015
+    _WhichOneofArgType__running: _TypeAlias = _typing.Literal["_running", b"_running"]  # noqa: Y015
+    _WhichOneofReturnType__waiting: _TypeAlias = _typing.Literal["waiting"]  # noqa: Y015
+    _WhichOneofArgType__waiting: _TypeAlias = _typing.Literal["_waiting", b"_waiting"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__running) -> _WhichOneofReturnType__running | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__waiting) -> _WhichOneofReturnType__waiting | None: ...
 
 Global___InstanceStatus: _TypeAlias = InstanceStatus  # noqa: Y015
 
@@ -609,12 +707,22 @@ class GetDecisionResponse(_message.Message):
     INPUTS_JSON_FIELD_NUMBER: _builtins.int
     ALTERNATIVES_JSON_FIELD_NUMBER: _builtins.int
     OUTCOME_JSON_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    REALISED_JSON_FIELD_NUMBER: _builtins.int
     inputs_json: _builtins.str
     """Canonical JSON, byte for byte what the policy saw."""
     alternatives_json: _builtins.str
     outcome_json: _builtins.str
+    realised_json: _builtins.str
+    """What happened in the epoch after it; empty while that has not ended."""
     @_builtins.property
     def decision(self) -> Global___Decision: ...
+    @_builtins.property
+    def explanation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The whole decision in plain sentences, with numbers: what was asked, what was looked at and why it lost, what was
+        expected, and what came of it.
+        """
+
     def __init__(
         self,
         *,
@@ -622,14 +730,213 @@ class GetDecisionResponse(_message.Message):
         inputs_json: _builtins.str = ...,
         alternatives_json: _builtins.str = ...,
         outcome_json: _builtins.str = ...,
+        explanation: _abc.Iterable[_builtins.str] | None = ...,
+        realised_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives_json", b"alternatives_json", "decision", b"decision", "inputs_json", b"inputs_json", "outcome_json", b"outcome_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives_json", b"alternatives_json", "decision", b"decision", "explanation", b"explanation", "inputs_json", b"inputs_json", "outcome_json", b"outcome_json", "realised_json", b"realised_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetDecisionResponse: _TypeAlias = GetDecisionResponse  # noqa: Y015
+
+@_typing.final
+class SetModeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    WHO_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    scope: _builtins.str
+    """"cluster", "pool:NAME" or "node:ID"."""
+    mode: Global___Mode.ValueType
+    who: _builtins.str
+    """Who asks, and why: kept in the history."""
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        scope: _builtins.str = ...,
+        mode: Global___Mode.ValueType = ...,
+        who: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "scope", b"scope", "who", b"who", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetModeRequest: _TypeAlias = SetModeRequest  # noqa: Y015
+
+@_typing.final
+class SetModeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEFORE_FIELD_NUMBER: _builtins.int
+    MODES_FIELD_NUMBER: _builtins.int
+    before: Global___Mode.ValueType
+    @_builtins.property
+    def modes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScopeMode]: ...
+    def __init__(
+        self,
+        *,
+        before: Global___Mode.ValueType = ...,
+        modes: _abc.Iterable[Global___ScopeMode] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "modes", b"modes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetModeResponse: _TypeAlias = SetModeResponse  # noqa: Y015
+
+@_typing.final
+class PlanNowRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHO_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    who: _builtins.str
+    why: _builtins.str
+    def __init__(
+        self,
+        *,
+        who: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["who", b"who", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanNowRequest: _TypeAlias = PlanNowRequest  # noqa: Y015
+
+@_typing.final
+class PlanNowResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanNowResponse: _TypeAlias = PlanNowResponse  # noqa: Y015
+
+@_typing.final
+class PreviewPlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewPlanRequest: _TypeAlias = PreviewPlanRequest  # noqa: Y015
+
+@_typing.final
+class PreviewPlanResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class InstancesNowEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class InstancesThenEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    INSTANCES_NOW_FIELD_NUMBER: _builtins.int
+    INSTANCES_THEN_FIELD_NUMBER: _builtins.int
+    POWER_NOW_W_FIELD_NUMBER: _builtins.int
+    POWER_THEN_W_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    power_now_w: _builtins.float
+    """Predicted for the expected load, all GPUs counted, empty ones too. Absent where the profile does not know."""
+    power_then_w: _builtins.float
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Decision]:
+        """The decisions that planning now would make, newest last."""
+
+    @_builtins.property
+    def instances_now(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Instances by pool and size ("short/tp2") as wanted now and as they would be."""
+
+    @_builtins.property
+    def instances_then(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def explanation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The explanation of the last decision."""
+
+    def __init__(
+        self,
+        *,
+        decisions: _abc.Iterable[Global___Decision] | None = ...,
+        instances_now: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        instances_then: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        power_now_w: _builtins.float | None = ...,
+        power_then_w: _builtins.float | None = ...,
+        explanation: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_now_w", b"_power_now_w", "_power_then_w", b"_power_then_w", "power_now_w", b"power_now_w", "power_then_w", b"power_then_w"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_now_w", b"_power_now_w", "_power_then_w", b"_power_then_w", "decisions", b"decisions", "explanation", b"explanation", "instances_now", b"instances_now", "instances_then", b"instances_then", "power_now_w", b"power_now_w", "power_then_w", b"power_then_w"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__power_now_w: _TypeAlias = _typing.Literal["power_now_w"]  # noqa: Y015
+    _WhichOneofArgType__power_now_w: _TypeAlias = _typing.Literal["_power_now_w", b"_power_now_w"]  # noqa: Y015
+    _WhichOneofReturnType__power_then_w: _TypeAlias = _typing.Literal["power_then_w"]  # noqa: Y015
+    _WhichOneofArgType__power_then_w: _TypeAlias = _typing.Literal["_power_then_w", b"_power_then_w"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_now_w) -> _WhichOneofReturnType__power_now_w | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_then_w) -> _WhichOneofReturnType__power_then_w | None: ...
+
+Global___PreviewPlanResponse: _TypeAlias = PreviewPlanResponse  # noqa: Y015
 
 @_typing.final
 class Decision(_message.Message):

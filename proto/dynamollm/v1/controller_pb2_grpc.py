@@ -64,6 +64,21 @@ class ControllerStub:
                 request_serializer=dynamollm_dot_v1_dot_controller__pb2.GetDecisionRequest.SerializeToString,
                 response_deserializer=dynamollm_dot_v1_dot_controller__pb2.GetDecisionResponse.FromString,
                 _registered_method=True)
+        self.SetMode = channel.unary_unary(
+                '/dynamollm.v1.Controller/SetMode',
+                request_serializer=dynamollm_dot_v1_dot_controller__pb2.SetModeRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_controller__pb2.SetModeResponse.FromString,
+                _registered_method=True)
+        self.PlanNow = channel.unary_unary(
+                '/dynamollm.v1.Controller/PlanNow',
+                request_serializer=dynamollm_dot_v1_dot_controller__pb2.PlanNowRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_controller__pb2.PlanNowResponse.FromString,
+                _registered_method=True)
+        self.PreviewPlan = channel.unary_unary(
+                '/dynamollm.v1.Controller/PreviewPlan',
+                request_serializer=dynamollm_dot_v1_dot_controller__pb2.PreviewPlanRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_controller__pb2.PreviewPlanResponse.FromString,
+                _registered_method=True)
 
 
 class ControllerServicer:
@@ -108,6 +123,27 @@ class ControllerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetMode(self, request, context):
+        """Of the cluster, a pool or a node; holds over restarts until it is set again. Audited.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanNow(self, request, context):
+        """Plans at once instead of at the next tick. The decision comes like any other (ListDecisions). Audited.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PreviewPlan(self, request, context):
+        """What planning now would decide, on a copy of the state: nothing is changed and nothing recorded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControllerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -140,6 +176,21 @@ def add_ControllerServicer_to_server(servicer, server):
                     servicer.GetDecision,
                     request_deserializer=dynamollm_dot_v1_dot_controller__pb2.GetDecisionRequest.FromString,
                     response_serializer=dynamollm_dot_v1_dot_controller__pb2.GetDecisionResponse.SerializeToString,
+            ),
+            'SetMode': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetMode,
+                    request_deserializer=dynamollm_dot_v1_dot_controller__pb2.SetModeRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_controller__pb2.SetModeResponse.SerializeToString,
+            ),
+            'PlanNow': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanNow,
+                    request_deserializer=dynamollm_dot_v1_dot_controller__pb2.PlanNowRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_controller__pb2.PlanNowResponse.SerializeToString,
+            ),
+            'PreviewPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreviewPlan,
+                    request_deserializer=dynamollm_dot_v1_dot_controller__pb2.PreviewPlanRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_controller__pb2.PreviewPlanResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -304,6 +355,87 @@ class Controller:
             '/dynamollm.v1.Controller/GetDecision',
             dynamollm_dot_v1_dot_controller__pb2.GetDecisionRequest.SerializeToString,
             dynamollm_dot_v1_dot_controller__pb2.GetDecisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetMode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.Controller/SetMode',
+            dynamollm_dot_v1_dot_controller__pb2.SetModeRequest.SerializeToString,
+            dynamollm_dot_v1_dot_controller__pb2.SetModeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanNow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.Controller/PlanNow',
+            dynamollm_dot_v1_dot_controller__pb2.PlanNowRequest.SerializeToString,
+            dynamollm_dot_v1_dot_controller__pb2.PlanNowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreviewPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.Controller/PreviewPlan',
+            dynamollm_dot_v1_dot_controller__pb2.PreviewPlanRequest.SerializeToString,
+            dynamollm_dot_v1_dot_controller__pb2.PreviewPlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

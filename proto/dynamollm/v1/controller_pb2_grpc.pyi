@@ -40,6 +40,12 @@ class ControllerStub:
     ListDecisions: _grpc.UnaryUnaryMultiCallable[_controller_pb2.ListDecisionsRequest, _controller_pb2.ListDecisionsResponse]
     """Newest first."""
     GetDecision: _grpc.UnaryUnaryMultiCallable[_controller_pb2.GetDecisionRequest, _controller_pb2.GetDecisionResponse]
+    SetMode: _grpc.UnaryUnaryMultiCallable[_controller_pb2.SetModeRequest, _controller_pb2.SetModeResponse]
+    """Of the cluster, a pool or a node; holds over restarts until it is set again. Audited."""
+    PlanNow: _grpc.UnaryUnaryMultiCallable[_controller_pb2.PlanNowRequest, _controller_pb2.PlanNowResponse]
+    """Plans at once instead of at the next tick. The decision comes like any other (ListDecisions). Audited."""
+    PreviewPlan: _grpc.UnaryUnaryMultiCallable[_controller_pb2.PreviewPlanRequest, _controller_pb2.PreviewPlanResponse]
+    """What planning now would decide, on a copy of the state: nothing is changed and nothing recorded."""
 
 @_typing.type_check_only
 class ControllerAsyncStub(ControllerStub):
@@ -53,6 +59,12 @@ class ControllerAsyncStub(ControllerStub):
     ListDecisions: _aio.UnaryUnaryMultiCallable[_controller_pb2.ListDecisionsRequest, _controller_pb2.ListDecisionsResponse]  # type: ignore[assignment]
     """Newest first."""
     GetDecision: _aio.UnaryUnaryMultiCallable[_controller_pb2.GetDecisionRequest, _controller_pb2.GetDecisionResponse]  # type: ignore[assignment]
+    SetMode: _aio.UnaryUnaryMultiCallable[_controller_pb2.SetModeRequest, _controller_pb2.SetModeResponse]  # type: ignore[assignment]
+    """Of the cluster, a pool or a node; holds over restarts until it is set again. Audited."""
+    PlanNow: _aio.UnaryUnaryMultiCallable[_controller_pb2.PlanNowRequest, _controller_pb2.PlanNowResponse]  # type: ignore[assignment]
+    """Plans at once instead of at the next tick. The decision comes like any other (ListDecisions). Audited."""
+    PreviewPlan: _aio.UnaryUnaryMultiCallable[_controller_pb2.PreviewPlanRequest, _controller_pb2.PreviewPlanResponse]  # type: ignore[assignment]
+    """What planning now would decide, on a copy of the state: nothing is changed and nothing recorded."""
 
 class ControllerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -99,5 +111,29 @@ class ControllerServicer(metaclass=_abc_1.ABCMeta):
         request: _controller_pb2.GetDecisionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_controller_pb2.GetDecisionResponse, _abc.Awaitable[_controller_pb2.GetDecisionResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SetMode(
+        self,
+        request: _controller_pb2.SetModeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_controller_pb2.SetModeResponse, _abc.Awaitable[_controller_pb2.SetModeResponse]]:
+        """Of the cluster, a pool or a node; holds over restarts until it is set again. Audited."""
+
+    @_abc_1.abstractmethod
+    def PlanNow(
+        self,
+        request: _controller_pb2.PlanNowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_controller_pb2.PlanNowResponse, _abc.Awaitable[_controller_pb2.PlanNowResponse]]:
+        """Plans at once instead of at the next tick. The decision comes like any other (ListDecisions). Audited."""
+
+    @_abc_1.abstractmethod
+    def PreviewPlan(
+        self,
+        request: _controller_pb2.PreviewPlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_controller_pb2.PreviewPlanResponse, _abc.Awaitable[_controller_pb2.PreviewPlanResponse]]:
+        """What planning now would decide, on a copy of the state: nothing is changed and nothing recorded."""
 
 def add_ControllerServicer_to_server(servicer: ControllerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -122,6 +122,8 @@ class GetNodeResponse(_message.Message):
     CPU_COUNT_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    NUMA_NODES_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     hostname: _builtins.str
     agent_version: _builtins.str
@@ -138,6 +140,12 @@ class GetNodeResponse(_message.Message):
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What this agent can do: "clock_lock", "power_limit", "instances"."""
 
+    @_builtins.property
+    def numa_nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NumaNode]: ...
+    @_builtins.property
+    def drain(self) -> Global___NodeDrain:
+        """Set while the node is out of service."""
+
     def __init__(
         self,
         *,
@@ -151,14 +159,72 @@ class GetNodeResponse(_message.Message):
         cpu_count: _builtins.int = ...,
         memory_bytes: _builtins.int = ...,
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        numa_nodes: _abc.Iterable[Global___NumaNode] | None = ...,
+        drain: Global___NodeDrain | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "capabilities", b"capabilities", "cpu_count", b"cpu_count", "driver_version", b"driver_version", "gpus", b"gpus", "hostname", b"hostname", "memory_bytes", b"memory_bytes", "node_id", b"node_id", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "boot_id", b"boot_id", "capabilities", b"capabilities", "cpu_count", b"cpu_count", "drain", b"drain", "driver_version", b"driver_version", "gpus", b"gpus", "hostname", b"hostname", "memory_bytes", b"memory_bytes", "node_id", b"node_id", "numa_nodes", b"numa_nodes", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetNodeResponse: _TypeAlias = GetNodeResponse  # noqa: Y015
+
+@_typing.final
+class NumaNode(_message.Message):
+    """Memory and processors that lie together; Gpu.numa_node says which of them a GPU is near."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    CPUS_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    memory_bytes: _builtins.int
+    cpus: _builtins.str
+    """As the kernel lists them: "0-31,64-95"."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        cpus: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "id", b"id", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NumaNode: _TypeAlias = NumaNode  # noqa: Y015
+
+@_typing.final
+class NodeDrain(_message.Message):
+    """Who took the node out of service, when and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BY_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    by: _builtins.str
+    reason: _builtins.str
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        by: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "reason", b"reason", "since", b"since"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeDrain: _TypeAlias = NodeDrain  # noqa: Y015
 
 @_typing.final
 class Gpu(_message.Message):
@@ -229,16 +295,20 @@ class WatchTelemetryRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INTERVAL_S_FIELD_NUMBER: _builtins.int
+    HISTORY_SAMPLES_FIELD_NUMBER: _builtins.int
     interval_s: _builtins.float
     """0.05 to 60 seconds."""
+    history_samples: _builtins.int
+    """This many of the latest samples come first, at the interval asked for; as many as the agent still has."""
     def __init__(
         self,
         *,
         interval_s: _builtins.float = ...,
+        history_samples: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_s", b"interval_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["history_samples", b"history_samples", "interval_s", b"interval_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -254,9 +324,16 @@ class WatchTelemetryResponse(_message.Message):
     GPUS_FIELD_NUMBER: _builtins.int
     INSTANCES_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    ALARMS_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     sequence: _builtins.int
     """Rises by one per sample; a gap means that a slow reader lost samples."""
+    replayed: _builtins.bool
+    """From before this call: part of the history that was asked for."""
+    draining: _builtins.bool
+    """The node is out of service (DrainNode)."""
     @_builtins.property
     def sampled_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -265,6 +342,10 @@ class WatchTelemetryResponse(_message.Message):
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___InstanceSample]: ...
     @_builtins.property
     def host(self) -> Global___HostSample: ...
+    @_builtins.property
+    def alarms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What an operator should look at that belongs to no single GPU ("watts_floor_tripped", "controls_not_restored", ...)."""
+
     def __init__(
         self,
         *,
@@ -274,10 +355,13 @@ class WatchTelemetryResponse(_message.Message):
         gpus: _abc.Iterable[Global___GpuSample] | None = ...,
         instances: _abc.Iterable[Global___InstanceSample] | None = ...,
         host: Global___HostSample | None = ...,
+        alarms: _abc.Iterable[_builtins.str] | None = ...,
+        replayed: _builtins.bool = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "sampled_at", b"sampled_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpus", b"gpus", "host", b"host", "instances", b"instances", "node_id", b"node_id", "sampled_at", b"sampled_at", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarms", b"alarms", "draining", b"draining", "gpus", b"gpus", "host", b"host", "instances", b"instances", "node_id", b"node_id", "replayed", b"replayed", "sampled_at", b"sampled_at", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -299,10 +383,15 @@ class GpuSample(_message.Message):
     EVENT_REASONS_FIELD_NUMBER: _builtins.int
     LOCKED_MHZ_FIELD_NUMBER: _builtins.int
     ENERGY_IS_INTEGRATED_FIELD_NUMBER: _builtins.int
+    MEMORY_TEMPERATURE_C_FIELD_NUMBER: _builtins.int
+    ALARMS_FIELD_NUMBER: _builtins.int
+    DRIFT_MHZ_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     health: Global___GpuHealth.ValueType
     power_w: _builtins.float
-    """Unset when the driver did not answer: unknown is not zero."""
+    """Unset when the driver did not answer: unknown is not zero.
+    nvmlDeviceGetPowerUsage: on Hopper the mean of the last second.
+    """
     energy_j: _builtins.float
     """Joules of the hardware counter, with its resets bridged: goes on without a break when the agent restarts."""
     sm_mhz: _builtins.int
@@ -314,9 +403,16 @@ class GpuSample(_message.Message):
     """The lock in force as this agent wrote it (a lock has no getter); unset when unlocked."""
     energy_is_integrated: _builtins.bool
     """Energy came from integrated power because the counter is missing."""
+    memory_temperature_c: _builtins.float
+    drift_mhz: _builtins.int
+    """SM clock outside the lock in force: above it positive, below negative; unset without a lock."""
     @_builtins.property
     def event_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Decoded clock event reasons ("sw_power_cap", "hw_thermal_slowdown", ...)."""
+
+    @_builtins.property
+    def alarms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What an operator should look at ("hw_thermal_slowdown", "foreign_clock_lock", ...), as in the metrics."""
 
     def __init__(
         self,
@@ -333,17 +429,24 @@ class GpuSample(_message.Message):
         event_reasons: _abc.Iterable[_builtins.str] | None = ...,
         locked_mhz: _builtins.int | None = ...,
         energy_is_integrated: _builtins.bool = ...,
+        memory_temperature_c: _builtins.float | None = ...,
+        alarms: _abc.Iterable[_builtins.str] | None = ...,
+        drift_mhz: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_energy_j", b"_energy_j", "_locked_mhz", b"_locked_mhz", "_memory_mhz", b"_memory_mhz", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_sm_mhz", b"_sm_mhz", "_temperature_c", b"_temperature_c", "_utilization_ratio", b"_utilization_ratio", "energy_j", b"energy_j", "locked_mhz", b"locked_mhz", "memory_mhz", b"memory_mhz", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "sm_mhz", b"sm_mhz", "temperature_c", b"temperature_c", "utilization_ratio", b"utilization_ratio"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drift_mhz", b"_drift_mhz", "_energy_j", b"_energy_j", "_locked_mhz", b"_locked_mhz", "_memory_mhz", b"_memory_mhz", "_memory_temperature_c", b"_memory_temperature_c", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_sm_mhz", b"_sm_mhz", "_temperature_c", b"_temperature_c", "_utilization_ratio", b"_utilization_ratio", "drift_mhz", b"drift_mhz", "energy_j", b"energy_j", "locked_mhz", b"locked_mhz", "memory_mhz", b"memory_mhz", "memory_temperature_c", b"memory_temperature_c", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "sm_mhz", b"sm_mhz", "temperature_c", b"temperature_c", "utilization_ratio", b"utilization_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_energy_j", b"_energy_j", "_locked_mhz", b"_locked_mhz", "_memory_mhz", b"_memory_mhz", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_sm_mhz", b"_sm_mhz", "_temperature_c", b"_temperature_c", "_utilization_ratio", b"_utilization_ratio", "energy_is_integrated", b"energy_is_integrated", "energy_j", b"energy_j", "event_reasons", b"event_reasons", "health", b"health", "locked_mhz", b"locked_mhz", "memory_mhz", b"memory_mhz", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "sm_mhz", b"sm_mhz", "temperature_c", b"temperature_c", "utilization_ratio", b"utilization_ratio", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift_mhz", b"_drift_mhz", "_energy_j", b"_energy_j", "_locked_mhz", b"_locked_mhz", "_memory_mhz", b"_memory_mhz", "_memory_temperature_c", b"_memory_temperature_c", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_sm_mhz", b"_sm_mhz", "_temperature_c", b"_temperature_c", "_utilization_ratio", b"_utilization_ratio", "alarms", b"alarms", "drift_mhz", b"drift_mhz", "energy_is_integrated", b"energy_is_integrated", "energy_j", b"energy_j", "event_reasons", b"event_reasons", "health", b"health", "locked_mhz", b"locked_mhz", "memory_mhz", b"memory_mhz", "memory_temperature_c", b"memory_temperature_c", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "sm_mhz", b"sm_mhz", "temperature_c", b"temperature_c", "utilization_ratio", b"utilization_ratio", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drift_mhz: _TypeAlias = _typing.Literal["drift_mhz"]  # noqa: Y015
+    _WhichOneofArgType__drift_mhz: _TypeAlias = _typing.Literal["_drift_mhz", b"_drift_mhz"]  # noqa: Y015
     _WhichOneofReturnType__energy_j: _TypeAlias = _typing.Literal["energy_j"]  # noqa: Y015
     _WhichOneofArgType__energy_j: _TypeAlias = _typing.Literal["_energy_j", b"_energy_j"]  # noqa: Y015
     _WhichOneofReturnType__locked_mhz: _TypeAlias = _typing.Literal["locked_mhz"]  # noqa: Y015
     _WhichOneofArgType__locked_mhz: _TypeAlias = _typing.Literal["_locked_mhz", b"_locked_mhz"]  # noqa: Y015
     _WhichOneofReturnType__memory_mhz: _TypeAlias = _typing.Literal["memory_mhz"]  # noqa: Y015
     _WhichOneofArgType__memory_mhz: _TypeAlias = _typing.Literal["_memory_mhz", b"_memory_mhz"]  # noqa: Y015
+    _WhichOneofReturnType__memory_temperature_c: _TypeAlias = _typing.Literal["memory_temperature_c"]  # noqa: Y015
+    _WhichOneofArgType__memory_temperature_c: _TypeAlias = _typing.Literal["_memory_temperature_c", b"_memory_temperature_c"]  # noqa: Y015
     _WhichOneofReturnType__power_limit_w: _TypeAlias = _typing.Literal["power_limit_w"]  # noqa: Y015
     _WhichOneofArgType__power_limit_w: _TypeAlias = _typing.Literal["_power_limit_w", b"_power_limit_w"]  # noqa: Y015
     _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
@@ -355,11 +458,15 @@ class GpuSample(_message.Message):
     _WhichOneofReturnType__utilization_ratio: _TypeAlias = _typing.Literal["utilization_ratio"]  # noqa: Y015
     _WhichOneofArgType__utilization_ratio: _TypeAlias = _typing.Literal["_utilization_ratio", b"_utilization_ratio"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drift_mhz) -> _WhichOneofReturnType__drift_mhz | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__energy_j) -> _WhichOneofReturnType__energy_j | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__locked_mhz) -> _WhichOneofReturnType__locked_mhz | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_mhz) -> _WhichOneofReturnType__memory_mhz | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_temperature_c) -> _WhichOneofReturnType__memory_temperature_c | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__power_limit_w) -> _WhichOneofReturnType__power_limit_w | None: ...
     @_typing.overload
@@ -386,6 +493,10 @@ class InstanceSample(_message.Message):
     GENERATION_TOKENS_TOTAL_FIELD_NUMBER: _builtins.int
     TTFT_SECONDS_FIELD_NUMBER: _builtins.int
     TOKEN_GAP_SECONDS_FIELD_NUMBER: _builtins.int
+    TBT_SECONDS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    GENERATION_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     state: _types_pb2.InstanceState.ValueType
     requests_running: _builtins.float
@@ -394,10 +505,19 @@ class InstanceSample(_message.Message):
     kv_cache_usage_ratio: _builtins.float
     prompt_tokens_total: _builtins.float
     generation_tokens_total: _builtins.float
+    prompt_tokens_per_s: _builtins.float
+    """Since the sample before; unset in an engine's first sample."""
+    generation_tokens_per_s: _builtins.float
+    power_w: _builtins.float
+    """What its GPUs draw together, asleep too; unset while another instance is on one of them."""
     @_builtins.property
     def ttft_seconds(self) -> _types_pb2.Histogram: ...
     @_builtins.property
     def token_gap_seconds(self) -> _types_pb2.Histogram: ...
+    @_builtins.property
+    def tbt_seconds(self) -> _types_pb2.Histogram:
+        """Mean time between tokens of each finished request."""
+
     def __init__(
         self,
         *,
@@ -410,15 +530,25 @@ class InstanceSample(_message.Message):
         generation_tokens_total: _builtins.float | None = ...,
         ttft_seconds: _types_pb2.Histogram | None = ...,
         token_gap_seconds: _types_pb2.Histogram | None = ...,
+        tbt_seconds: _types_pb2.Histogram | None = ...,
+        prompt_tokens_per_s: _builtins.float | None = ...,
+        generation_tokens_per_s: _builtins.float | None = ...,
+        power_w: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total", "_kv_cache_usage_ratio", b"_kv_cache_usage_ratio", "_prompt_tokens_total", b"_prompt_tokens_total", "_requests_running", b"_requests_running", "_requests_waiting", b"_requests_waiting", "generation_tokens_total", b"generation_tokens_total", "kv_cache_usage_ratio", b"kv_cache_usage_ratio", "prompt_tokens_total", b"prompt_tokens_total", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "token_gap_seconds", b"token_gap_seconds", "ttft_seconds", b"ttft_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_generation_tokens_per_s", b"_generation_tokens_per_s", "_generation_tokens_total", b"_generation_tokens_total", "_kv_cache_usage_ratio", b"_kv_cache_usage_ratio", "_power_w", b"_power_w", "_prompt_tokens_per_s", b"_prompt_tokens_per_s", "_prompt_tokens_total", b"_prompt_tokens_total", "_requests_running", b"_requests_running", "_requests_waiting", b"_requests_waiting", "generation_tokens_per_s", b"generation_tokens_per_s", "generation_tokens_total", b"generation_tokens_total", "kv_cache_usage_ratio", b"kv_cache_usage_ratio", "power_w", b"power_w", "prompt_tokens_per_s", b"prompt_tokens_per_s", "prompt_tokens_total", b"prompt_tokens_total", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "tbt_seconds", b"tbt_seconds", "token_gap_seconds", b"token_gap_seconds", "ttft_seconds", b"ttft_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total", "_kv_cache_usage_ratio", b"_kv_cache_usage_ratio", "_prompt_tokens_total", b"_prompt_tokens_total", "_requests_running", b"_requests_running", "_requests_waiting", b"_requests_waiting", "generation_tokens_total", b"generation_tokens_total", "instance_id", b"instance_id", "kv_cache_usage_ratio", b"kv_cache_usage_ratio", "prompt_tokens_total", b"prompt_tokens_total", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "state", b"state", "token_gap_seconds", b"token_gap_seconds", "ttft_seconds", b"ttft_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generation_tokens_per_s", b"_generation_tokens_per_s", "_generation_tokens_total", b"_generation_tokens_total", "_kv_cache_usage_ratio", b"_kv_cache_usage_ratio", "_power_w", b"_power_w", "_prompt_tokens_per_s", b"_prompt_tokens_per_s", "_prompt_tokens_total", b"_prompt_tokens_total", "_requests_running", b"_requests_running", "_requests_waiting", b"_requests_waiting", "generation_tokens_per_s", b"generation_tokens_per_s", "generation_tokens_total", b"generation_tokens_total", "instance_id", b"instance_id", "kv_cache_usage_ratio", b"kv_cache_usage_ratio", "power_w", b"power_w", "prompt_tokens_per_s", b"prompt_tokens_per_s", "prompt_tokens_total", b"prompt_tokens_total", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting", "state", b"state", "tbt_seconds", b"tbt_seconds", "token_gap_seconds", b"token_gap_seconds", "ttft_seconds", b"ttft_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__generation_tokens_per_s: _TypeAlias = _typing.Literal["generation_tokens_per_s"]  # noqa: Y015
+    _WhichOneofArgType__generation_tokens_per_s: _TypeAlias = _typing.Literal["_generation_tokens_per_s", b"_generation_tokens_per_s"]  # noqa: Y015
     _WhichOneofReturnType__generation_tokens_total: _TypeAlias = _typing.Literal["generation_tokens_total"]  # noqa: Y015
     _WhichOneofArgType__generation_tokens_total: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total"]  # noqa: Y015
     _WhichOneofReturnType__kv_cache_usage_ratio: _TypeAlias = _typing.Literal["kv_cache_usage_ratio"]  # noqa: Y015
     _WhichOneofArgType__kv_cache_usage_ratio: _TypeAlias = _typing.Literal["_kv_cache_usage_ratio", b"_kv_cache_usage_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
+    _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_tokens_per_s: _TypeAlias = _typing.Literal["prompt_tokens_per_s"]  # noqa: Y015
+    _WhichOneofArgType__prompt_tokens_per_s: _TypeAlias = _typing.Literal["_prompt_tokens_per_s", b"_prompt_tokens_per_s"]  # noqa: Y015
     _WhichOneofReturnType__prompt_tokens_total: _TypeAlias = _typing.Literal["prompt_tokens_total"]  # noqa: Y015
     _WhichOneofArgType__prompt_tokens_total: _TypeAlias = _typing.Literal["_prompt_tokens_total", b"_prompt_tokens_total"]  # noqa: Y015
     _WhichOneofReturnType__requests_running: _TypeAlias = _typing.Literal["requests_running"]  # noqa: Y015
@@ -426,9 +556,15 @@ class InstanceSample(_message.Message):
     _WhichOneofReturnType__requests_waiting: _TypeAlias = _typing.Literal["requests_waiting"]  # noqa: Y015
     _WhichOneofArgType__requests_waiting: _TypeAlias = _typing.Literal["_requests_waiting", b"_requests_waiting"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__generation_tokens_per_s) -> _WhichOneofReturnType__generation_tokens_per_s | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__generation_tokens_total) -> _WhichOneofReturnType__generation_tokens_total | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cache_usage_ratio) -> _WhichOneofReturnType__kv_cache_usage_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_tokens_per_s) -> _WhichOneofReturnType__prompt_tokens_per_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_tokens_total) -> _WhichOneofReturnType__prompt_tokens_total | None: ...
     @_typing.overload
@@ -444,21 +580,50 @@ class HostSample(_message.Message):
 
     CPU_UTILIZATION_RATIO_FIELD_NUMBER: _builtins.int
     MEMORY_USED_RATIO_FIELD_NUMBER: _builtins.int
+    MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    NUMA_FIELD_NUMBER: _builtins.int
     cpu_utilization_ratio: _builtins.float
     memory_used_ratio: _builtins.float
+    memory_available_bytes: _builtins.int
+    @_builtins.property
+    def numa(self) -> _containers.RepeatedCompositeFieldContainer[Global___NumaSample]: ...
     def __init__(
         self,
         *,
         cpu_utilization_ratio: _builtins.float = ...,
         memory_used_ratio: _builtins.float = ...,
+        memory_available_bytes: _builtins.int = ...,
+        numa: _abc.Iterable[Global___NumaSample] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_utilization_ratio", b"cpu_utilization_ratio", "memory_used_ratio", b"memory_used_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_utilization_ratio", b"cpu_utilization_ratio", "memory_available_bytes", b"memory_available_bytes", "memory_used_ratio", b"memory_used_ratio", "numa", b"numa"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HostSample: _TypeAlias = HostSample  # noqa: Y015
+
+@_typing.final
+class NumaSample(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    MEMORY_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    memory_free_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        memory_free_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "memory_free_bytes", b"memory_free_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NumaSample: _TypeAlias = NumaSample  # noqa: Y015
 
 @_typing.final
 class ClockLock(_message.Message):
@@ -762,11 +927,16 @@ class StartInstanceRequest(_message.Message):
     TERM_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     term: _builtins.int
     reason: _builtins.str
     @_builtins.property
     def spec(self) -> _types_pb2.InstanceSpec: ...
+    @_builtins.property
+    def owner(self) -> _types_pb2.Owner:
+        """Who asks. An operator needs no term; without an owner it is a controller in this term."""
+
     def __init__(
         self,
         *,
@@ -774,10 +944,11 @@ class StartInstanceRequest(_message.Message):
         term: _builtins.int = ...,
         spec: _types_pb2.InstanceSpec | None = ...,
         reason: _builtins.str = ...,
+        owner: _types_pb2.Owner | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "spec", b"spec", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "reason", b"reason", "request_id", b"request_id", "spec", b"spec", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -811,10 +982,15 @@ class DrainInstanceRequest(_message.Message):
     TERM_FIELD_NUMBER: _builtins.int
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     term: _builtins.int
     instance_id: _builtins.str
     reason: _builtins.str
+    @_builtins.property
+    def owner(self) -> _types_pb2.Owner:
+        """Who asks. An operator needs no term; without an owner it is a controller in this term."""
+
     def __init__(
         self,
         *,
@@ -822,10 +998,11 @@ class DrainInstanceRequest(_message.Message):
         term: _builtins.int = ...,
         instance_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        owner: _types_pb2.Owner | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "owner", b"owner", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -860,12 +1037,17 @@ class StopInstanceRequest(_message.Message):
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     term: _builtins.int
     instance_id: _builtins.str
     force: _builtins.bool
     """Stop although requests run or wait; they are lost."""
     reason: _builtins.str
+    @_builtins.property
+    def owner(self) -> _types_pb2.Owner:
+        """Who asks. An operator needs no term; without an owner it is a controller in this term."""
+
     def __init__(
         self,
         *,
@@ -874,10 +1056,11 @@ class StopInstanceRequest(_message.Message):
         instance_id: _builtins.str = ...,
         force: _builtins.bool = ...,
         reason: _builtins.str = ...,
+        owner: _types_pb2.Owner | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "instance_id", b"instance_id", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "instance_id", b"instance_id", "owner", b"owner", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -983,6 +1166,7 @@ class RestartInstanceRequest(_message.Message):
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
     DRAIN_DEADLINE_S_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     term: _builtins.int
     instance_id: _builtins.str
@@ -993,6 +1177,10 @@ class RestartInstanceRequest(_message.Message):
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The GPUs of the new instance; its tensor parallelism is their number. May overlap the old ones."""
 
+    @_builtins.property
+    def owner(self) -> _types_pb2.Owner:
+        """Who asks. An operator needs no term; without an owner it is a controller in this term."""
+
     def __init__(
         self,
         *,
@@ -1002,10 +1190,11 @@ class RestartInstanceRequest(_message.Message):
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
         drain_deadline_s: _builtins.float = ...,
         reason: _builtins.str = ...,
+        owner: _types_pb2.Owner | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain_deadline_s", b"drain_deadline_s", "gpu_uuids", b"gpu_uuids", "instance_id", b"instance_id", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain_deadline_s", b"drain_deadline_s", "gpu_uuids", b"gpu_uuids", "instance_id", b"instance_id", "owner", b"owner", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1043,10 +1232,15 @@ class SleepInstanceRequest(_message.Message):
     TERM_FIELD_NUMBER: _builtins.int
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     term: _builtins.int
     instance_id: _builtins.str
     reason: _builtins.str
+    @_builtins.property
+    def owner(self) -> _types_pb2.Owner:
+        """Who asks. An operator needs no term; without an owner it is a controller in this term."""
+
     def __init__(
         self,
         *,
@@ -1054,10 +1248,11 @@ class SleepInstanceRequest(_message.Message):
         term: _builtins.int = ...,
         instance_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        owner: _types_pb2.Owner | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "owner", b"owner", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1091,10 +1286,15 @@ class WakeInstanceRequest(_message.Message):
     TERM_FIELD_NUMBER: _builtins.int
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     term: _builtins.int
     instance_id: _builtins.str
     reason: _builtins.str
+    @_builtins.property
+    def owner(self) -> _types_pb2.Owner:
+        """Who asks. An operator needs no term; without an owner it is a controller in this term."""
+
     def __init__(
         self,
         *,
@@ -1102,10 +1302,11 @@ class WakeInstanceRequest(_message.Message):
         term: _builtins.int = ...,
         instance_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        owner: _types_pb2.Owner | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "owner", b"owner", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1239,6 +1440,7 @@ class SetGuardRequest(_message.Message):
     SLO_BOOST_FIELD_NUMBER: _builtins.int
     WATTS_FLOOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     term: _builtins.int
     reason: _builtins.str
@@ -1246,6 +1448,10 @@ class SetGuardRequest(_message.Message):
     def slo_boost(self) -> Global___SloBoostRule: ...
     @_builtins.property
     def watts_floor(self) -> Global___WattsFloorRule: ...
+    @_builtins.property
+    def owner(self) -> _types_pb2.Owner:
+        """Who asks. An operator needs no term; without an owner it is a controller in this term."""
+
     def __init__(
         self,
         *,
@@ -1254,10 +1460,11 @@ class SetGuardRequest(_message.Message):
         slo_boost: Global___SloBoostRule | None = ...,
         watts_floor: Global___WattsFloorRule | None = ...,
         reason: _builtins.str = ...,
+        owner: _types_pb2.Owner | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["slo_boost", b"slo_boost", "watts_floor", b"watts_floor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "slo_boost", b"slo_boost", "watts_floor", b"watts_floor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id", "slo_boost", b"slo_boost", "term", b"term", "watts_floor", b"watts_floor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "reason", b"reason", "request_id", b"request_id", "slo_boost", b"slo_boost", "term", b"term", "watts_floor", b"watts_floor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1381,6 +1588,97 @@ class TripGuardRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TripGuardRequest: _TypeAlias = TripGuardRequest  # noqa: Y015
+
+@_typing.final
+class DrainNodeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    reason: _builtins.str
+    @_builtins.property
+    def owner(self) -> _types_pb2.Owner:
+        """An operator."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        owner: _types_pb2.Owner | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainNodeRequest: _TypeAlias = DrainNodeRequest  # noqa: Y015
+
+@_typing.final
+class DrainNodeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def instances(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Instance]: ...
+    def __init__(
+        self,
+        *,
+        instances: _abc.Iterable[_types_pb2.Instance] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainNodeResponse: _TypeAlias = DrainNodeResponse  # noqa: Y015
+
+@_typing.final
+class ResumeNodeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    reason: _builtins.str
+    @_builtins.property
+    def owner(self) -> _types_pb2.Owner:
+        """An operator."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        owner: _types_pb2.Owner | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeNodeRequest: _TypeAlias = ResumeNodeRequest  # noqa: Y015
+
+@_typing.final
+class ResumeNodeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeNodeResponse: _TypeAlias = ResumeNodeResponse  # noqa: Y015
 
 @_typing.final
 class TripGuardResponse(_message.Message):

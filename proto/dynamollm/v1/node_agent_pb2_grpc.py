@@ -104,6 +104,16 @@ class NodeAgentStub:
                 request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.TripGuardRequest.SerializeToString,
                 response_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.TripGuardResponse.FromString,
                 _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/dynamollm.v1.NodeAgent/DrainNode',
+                request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
+        self.ResumeNode = channel.unary_unary(
+                '/dynamollm.v1.NodeAgent/ResumeNode',
+                request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.ResumeNodeRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.ResumeNodeResponse.FromString,
+                _registered_method=True)
         self.ListInstances = channel.unary_unary(
                 '/dynamollm.v1.NodeAgent/ListInstances',
                 request_serializer=dynamollm_dot_v1_dot_node__agent__pb2.ListInstancesRequest.SerializeToString,
@@ -215,6 +225,19 @@ class NodeAgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainNode(self, request, context):
+        """Takes the node out of service: every engine drains, and controllers start none until ResumeNode. Survives restarts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeNode(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListInstances(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -300,6 +323,16 @@ def add_NodeAgentServicer_to_server(servicer, server):
                     servicer.TripGuard,
                     request_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.TripGuardRequest.FromString,
                     response_serializer=dynamollm_dot_v1_dot_node__agent__pb2.TripGuardResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.DrainNodeRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_node__agent__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'ResumeNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeNode,
+                    request_deserializer=dynamollm_dot_v1_dot_node__agent__pb2.ResumeNodeRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_node__agent__pb2.ResumeNodeResponse.SerializeToString,
             ),
             'ListInstances': grpc.unary_unary_rpc_method_handler(
                     servicer.ListInstances,
@@ -690,6 +723,60 @@ class NodeAgent:
             '/dynamollm.v1.NodeAgent/TripGuard',
             dynamollm_dot_v1_dot_node__agent__pb2.TripGuardRequest.SerializeToString,
             dynamollm_dot_v1_dot_node__agent__pb2.TripGuardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.NodeAgent/DrainNode',
+            dynamollm_dot_v1_dot_node__agent__pb2.DrainNodeRequest.SerializeToString,
+            dynamollm_dot_v1_dot_node__agent__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.NodeAgent/ResumeNode',
+            dynamollm_dot_v1_dot_node__agent__pb2.ResumeNodeRequest.SerializeToString,
+            dynamollm_dot_v1_dot_node__agent__pb2.ResumeNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

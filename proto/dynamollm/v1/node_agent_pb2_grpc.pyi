@@ -58,6 +58,9 @@ class NodeAgentStub:
     GetGuard: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.GetGuardRequest, _node_agent_pb2.GetGuardResponse]
     TripGuard: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.TripGuardRequest, _node_agent_pb2.TripGuardResponse]
     """Trips or lifts the watts floor by hand."""
+    DrainNode: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.DrainNodeRequest, _node_agent_pb2.DrainNodeResponse]
+    """Takes the node out of service: every engine drains, and controllers start none until ResumeNode. Survives restarts."""
+    ResumeNode: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.ResumeNodeRequest, _node_agent_pb2.ResumeNodeResponse]
     ListInstances: _grpc.UnaryUnaryMultiCallable[_node_agent_pb2.ListInstancesRequest, _node_agent_pb2.ListInstancesResponse]
     WatchInstances: _grpc.UnaryStreamMultiCallable[_node_agent_pb2.WatchInstancesRequest, _node_agent_pb2.WatchInstancesResponse]
     """All instances first, then those that changed; a slow reader gets each one's latest state."""
@@ -92,6 +95,9 @@ class NodeAgentAsyncStub(NodeAgentStub):
     GetGuard: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.GetGuardRequest, _node_agent_pb2.GetGuardResponse]  # type: ignore[assignment]
     TripGuard: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.TripGuardRequest, _node_agent_pb2.TripGuardResponse]  # type: ignore[assignment]
     """Trips or lifts the watts floor by hand."""
+    DrainNode: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.DrainNodeRequest, _node_agent_pb2.DrainNodeResponse]  # type: ignore[assignment]
+    """Takes the node out of service: every engine drains, and controllers start none until ResumeNode. Survives restarts."""
+    ResumeNode: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.ResumeNodeRequest, _node_agent_pb2.ResumeNodeResponse]  # type: ignore[assignment]
     ListInstances: _aio.UnaryUnaryMultiCallable[_node_agent_pb2.ListInstancesRequest, _node_agent_pb2.ListInstancesResponse]  # type: ignore[assignment]
     WatchInstances: _aio.UnaryStreamMultiCallable[_node_agent_pb2.WatchInstancesRequest, _node_agent_pb2.WatchInstancesResponse]  # type: ignore[assignment]
     """All instances first, then those that changed; a slow reader gets each one's latest state."""
@@ -207,6 +213,21 @@ class NodeAgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_agent_pb2.TripGuardResponse, _abc.Awaitable[_node_agent_pb2.TripGuardResponse]]:
         """Trips or lifts the watts floor by hand."""
+
+    @_abc_1.abstractmethod
+    def DrainNode(
+        self,
+        request: _node_agent_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_agent_pb2.DrainNodeResponse, _abc.Awaitable[_node_agent_pb2.DrainNodeResponse]]:
+        """Takes the node out of service: every engine drains, and controllers start none until ResumeNode. Survives restarts."""
+
+    @_abc_1.abstractmethod
+    def ResumeNode(
+        self,
+        request: _node_agent_pb2.ResumeNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_agent_pb2.ResumeNodeResponse, _abc.Awaitable[_node_agent_pb2.ResumeNodeResponse]]: ...
 
     @_abc_1.abstractmethod
     def ListInstances(

@@ -237,6 +237,10 @@ class Instance(_message.Message):
     SECONDS_IN_STATE_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    ASLEEP_POWER_W_FIELD_NUMBER: _builtins.int
+    ASLEEP_GPU_BYTES_FIELD_NUMBER: _builtins.int
+    ASLEEP_HOST_BYTES_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
     state: Global___InstanceState.ValueType
     endpoint: _builtins.str
     """http://host:port of the engine's API; empty before it listens."""
@@ -244,6 +248,14 @@ class Instance(_message.Message):
     """One sentence: why it is in this state, what to do if it failed."""
     seconds_in_state: _builtins.float
     pid: _builtins.int
+    asleep_power_w: _builtins.float
+    """While it is asleep: what its GPUs drew together when it fell asleep, the GPU memory it keeps, and the host memory
+    that its weights take at most.
+    """
+    asleep_gpu_bytes: _builtins.int
+    asleep_host_bytes: _builtins.int
+    drained: _builtins.bool
+    """While it drains: proven to have no work."""
     @_builtins.property
     def spec(self) -> Global___InstanceSpec: ...
     @_builtins.property
@@ -260,12 +272,18 @@ class Instance(_message.Message):
         seconds_in_state: _builtins.float = ...,
         step_seconds: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         pid: _builtins.int = ...,
+        asleep_power_w: _builtins.float | None = ...,
+        asleep_gpu_bytes: _builtins.int = ...,
+        asleep_host_bytes: _builtins.int = ...,
+        drained: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_asleep_power_w", b"_asleep_power_w", "asleep_power_w", b"asleep_power_w", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "endpoint", b"endpoint", "pid", b"pid", "seconds_in_state", b"seconds_in_state", "spec", b"spec", "state", b"state", "step_seconds", b"step_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_asleep_power_w", b"_asleep_power_w", "asleep_gpu_bytes", b"asleep_gpu_bytes", "asleep_host_bytes", b"asleep_host_bytes", "asleep_power_w", b"asleep_power_w", "detail", b"detail", "drained", b"drained", "endpoint", b"endpoint", "pid", b"pid", "seconds_in_state", b"seconds_in_state", "spec", b"spec", "state", b"state", "step_seconds", b"step_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__asleep_power_w: _TypeAlias = _typing.Literal["asleep_power_w"]  # noqa: Y015
+    _WhichOneofArgType__asleep_power_w: _TypeAlias = _typing.Literal["_asleep_power_w", b"_asleep_power_w"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__asleep_power_w) -> _WhichOneofReturnType__asleep_power_w | None: ...
 
 Global___Instance: _TypeAlias = Instance  # noqa: Y015
 
