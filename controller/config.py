@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from common.config import ConfigModel
+from common.tls import ClientTls
 from controller.domain.classes import RequestClass
 from controller.domain.reasons import Mode
 from controller.loop.settings import Knobs, LoopSettings
+from controller.store.retention import Limits
 
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -20,6 +22,8 @@ class AgentAddress(ConfigModel):
 
     node_id: str
     address: str = Field(description="gRPC target: host:port or unix:/path/to/socket")
+    tls: bool = Field(default=True, description="over TLS if [agent_tls] is set; unix sockets never are")
+    tls_name: str = Field(default="", description="name in the agent's certificate; empty: the address's host")
 
 
 class PeriodsConfig(ConfigModel):
@@ -72,6 +76,46 @@ class StalenessConfig(ConfigModel):
     load_window_s: Seconds = Field(default=15.0, description="load that clocks are chosen for is the mean over this")
 
 
+class RetentionConfig(ConfigModel):
+    """How many days rows of the history are kept, table by table. 0 keeps them for ever."""
+
+    decisions: float = Field(default=400.0, ge=0, description="with their outcomes")
+    actions: float = Field(default=90.0, ge=0)
+    transitions: float = Field(default=400.0, ge=0)
+    plans: float = Field(default=90.0, ge=0, description="the last one always stays")
+    orders: float = Field(default=1000.0, ge=0, description="the last of each scope always stays")
+    telemetry: float = Field(default=400.0, ge=0)
+    load: float = Field(default=400.0, ge=0, description="also of the SLO rows")
+    inputs: float = Field(default=31.0, ge=0, description="what a replay needs: the bulk of the history")
+    hourly_after: float = Field(
+        default=8.0, ge=0.05, description="windows of telemetry, load and SLO older than this are summed into hours"
+    )
+
+    def limits(self) -> Limits:
+        days = {
+            "decisions": self.decisions,
+            "actions": self.actions,
+            "transitions": self.transitions,
+            "plans": self.plans,
+            "orders": self.orders,
+            "telemetry_minute": self.telemetry,
+            "load_minute": self.load,
+            "slo_minute": self.load,
+            # Before the frames: which snapshots are needed depends on them.
+            "input_snapshots": self.inputs,
+            "input_frames": self.inputs,
+        }
+        keep_s = {table: kept * 86_400.0 for table, kept in days.items() if kept}
+        return Limits(keep_s, self.hourly_after * 86_400.0)
+
+
+class SavingsConfig(ConfigModel):
+    """What a saved kWh is worth; `dynamollm savings` takes courses over time as CSV."""
+
+    usd_per_kwh: float = Field(default=0.12, ge=0)
+    g_per_kwh: float = Field(default=450.0, ge=0, description="grams of CO2")
+
+
 class KnobsConfig(ConfigModel):
     """What the loop may steer. All false is the static full-clock fleet."""
 
@@ -102,11 +146,17 @@ class ControllerConfig(ConfigModel):
     telemetry_interval_s: Seconds = Field(default=1.0, description="how often agents send samples")
     telemetry_window_s: Seconds = Field(default=60.0, description="length of the rows of energy, load and SLO history")
     agents: list[AgentAddress] = Field(min_length=1, description="the fleet's nodes")
+    agent_tls: ClientTls = Field(
+        default=ClientTls(),
+        description="Mutual TLS to the agents; they let this certificate's name in by their scopes.",
+    )
     periods: PeriodsConfig = PeriodsConfig()
     lease: LeaseConfig = LeaseConfig()
     planning: PlanningConfig = PlanningConfig()
     staleness: StalenessConfig = StalenessConfig()
     knobs: KnobsConfig = KnobsConfig()
+    retention: RetentionConfig = RetentionConfig()
+    savings: SavingsConfig = SavingsConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> ControllerConfig:

@@ -9,7 +9,6 @@ import secrets
 import signal
 import socket
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -22,26 +21,29 @@ from common.clock import Clock, SystemClock
 from common.errors import EXIT_ALREADY_RUNNING, EXIT_UNAVAILABLE, UserError
 from common.logs import get_logger
 from common.sd_notify import notify
+from common.tls import check_files
 from controller.api.metrics import ControllerMetrics, serve_metrics
 from controller.api.routing_hub import RoutingHub
 from controller.api.service import ControllerService
 from controller.config import ControllerConfig
+from controller.domain.reasons import Mode
 from controller.fleet.grpc import AgentClient
-from controller.loop.core import Core
+from controller.housekeeping import keep_house
+from controller.leading import LeadKeeper, take_lead
+from controller.loop.journal import JournaledCore, recover_open_frame
+from controller.loop.orders import Order, SetMode
 from controller.loop.runtime import Runtime
 from controller.profile.table import Profile
-from controller.store.engine import StoreUnavailable, open_engine
-from controller.store.leadership import Lead, Refused, acquire, leader, release, renew
+from controller.store.engine import open_engine, parse_url
 from controller.store.migrate import require_current
 from controller.store.recorder import Recorder, open_recorder
-from controller.store.repositories import last_plan, save_profile
+from controller.store.records import OrderKind
+from controller.store.repositories import last_orders, last_plan, save_profile
 from dynamollm.v1 import controller_pb2, controller_pb2_grpc
 
 _log = get_logger(__name__)
 
 SERVICE = controller_pb2.DESCRIPTOR.services_by_name["Controller"].full_name
-LEAD_TTL_S = 15.0
-_RENEW_S = LEAD_TTL_S / 3
 _SETTLE_S = 2.0
 
 
@@ -58,6 +60,7 @@ def read_profile(path: Path) -> Profile:
 async def serve(config: ControllerConfig) -> None:
     """Runs the controller until SIGTERM or SIGINT. Raises UserError for what the operator can mend."""
     clock = SystemClock()
+    check_files(config.agent_tls, "agent_tls")
     profile = read_profile(config.profile)
     if config.model != profile.model:
         raise UserError(
@@ -72,16 +75,21 @@ async def serve(config: ControllerConfig) -> None:
     with ExitStack() as held:
         config.spool_dir.mkdir(parents=True, exist_ok=True)
         held.enter_context(_only_one(config.spool_dir / "controller.lock"))
+        url = parse_url(config.database_url)
+        if url.get_backend_name() == "sqlite":
+            held.enter_context(_only_one(Path(f"{url.database}.lock")))
         engine = open_engine(config.database_url)
         held.callback(engine.dispose)
         require_current(engine)
-        lead = _lead(engine, holder, clock)
+        keeper = await take_lead(config.database_url, holder, stop, _stand_by)
+        if keeper is None:
+            return
         recorder = open_recorder(config.database_url, config.spool_dir)
         held.callback(recorder.close)
         # The newest plan may still wait in the spool from an outage.
         recorder.settle(_SETTLE_S)
         save_profile(engine, profile.checksum(), profile.model, profile.to_json(), clock.wall_s())
-        await _run(config, profile, engine, recorder, lead, clock, stop)
+        await _run(config, profile, engine, recorder, keeper, clock, stop)
 
 
 async def _run(
@@ -89,11 +97,12 @@ async def _run(
     profile: Profile,
     engine: Engine,
     recorder: Recorder,
-    lead: Lead,
+    keeper: LeadKeeper,
     clock: Clock,
     stop: asyncio.Event,
 ) -> None:
-    core = Core(
+    lead = keeper.lead
+    core = JournaledCore(
         config.loop_settings(),
         profile,
         lead.term,
@@ -101,10 +110,13 @@ async def _run(
         mode=config.mode,
         plan=last_plan(engine),
     )
+    _keep_journal(core, recorder, config.spool_dir / "open-frame.jsonl")
     hub = RoutingHub()
     agents: dict[str, AgentClient] = {}
+    standing = standing_orders(engine, clock.wall_s())
     metrics = ControllerMetrics(core.state, recorder.counts, lambda: runtime.missed_ticks)
-    runtime = Runtime(core, agents, hub, recorder.record, clock, config.telemetry_window_s, metrics.decided)
+    runtime = Runtime(core, agents, hub, recorder.record, clock, config.telemetry_window_s, metrics.decided, keeper)
+    runtime.restore(standing)
     for agent in config.agents:
         agents[agent.node_id] = AgentClient(
             agent.node_id,
@@ -115,6 +127,8 @@ async def _run(
             term=lead.term,
             interval_s=config.telemetry_interval_s,
             deadline_s=config.lease.rpc_deadline_s,
+            tls=config.agent_tls if agent.tls else None,
+            tls_name=agent.tls_name,
         )
     service = ControllerService(
         core.state,
@@ -123,32 +137,57 @@ async def _run(
         clock.monotonic_s,
         engine,
         {agent.node_id: agent.address for agent in config.agents},
-        lambda: ((counts := recorder.counts()).recorded, counts.in_memory),
+        recorder.counts,
+        runtime,
+        lead.holder,
     )
     server = await _listen(config.listen, service)
     stop_metrics = serve_metrics(metrics, config.metrics_listen) if config.metrics_listen else None
-    keeper = asyncio.create_task(_keep_lead(engine, lead, clock, stop))
-    _log.info("ready", listen=config.listen, term=lead.term, mode=str(config.mode), agents=len(agents))
-    notify("READY=1")
+    keeping = asyncio.create_task(keeper.keep(stop.set))
+    housekeeping = asyncio.create_task(keep_house(config, engine, clock))
+    _log.info("ready", listen=config.listen, term=lead.term, mode=str(core.state.mode), agents=len(agents))
+    notify("READY=1\nSTATUS=leads under term " + str(lead.term))
     try:
         await runtime.run(stop)
     finally:
         notify("STOPPING=1")
-        keeper.cancel()
-        await server.stop(grace=1.0)
+        keeping.cancel()
+        housekeeping.cancel()
+        if keeper.lost_to is None:
+            await keeper.give_up()  # at once: another waits for it
+        await server.stop(grace=0.5)
         if stop_metrics is not None:
             stop_metrics()
-    lost = keeper.done() and not keeper.cancelled() and keeper.result()
-    if lost:
+    if keeper.lost_to is not None:
         raise UserError(
-            f"leadership was lost: term {lead.term} has a successor.",
-            "Only one controller may act; stop the other one if this one should lead.",
+            f"the lead was lost: {keeper.lost_to} has taken over from term {lead.term}.",
+            "This one ends; started again it waits in standby.",
             EXIT_ALREADY_RUNNING,
         )
-    try:
-        release(engine, lead)
-    except StoreUnavailable as error:
-        _log.warning("leadership_not_released", detail=str(error))
+
+
+def standing_orders(engine: Engine, now_s: float) -> list[Order]:
+    """What operators asked for and nobody has taken back: it holds over a restart, whatever the file says."""
+    orders: list[Order] = []
+    for found in last_orders(engine, OrderKind.MODE):
+        orders.append(SetMode(found.scope, Mode(found.value)))
+        _log.info("mode_holds", scope=found.scope, mode=found.value, who=found.who, why=found.why)
+    return orders
+
+
+def _keep_journal(core: JournaledCore, recorder: Recorder, open_frame: Path) -> None:
+    """What a killed controller had not yet put into the history goes there first."""
+    left = recover_open_frame(open_frame)
+    if left is not None:
+        recorder.record(left)
+        _log.info("inputs_recovered", term=left.term, frame=left.number, lines=len(left.lines))
+    core.keep_journal(recorder.record, open_frame)
+
+
+def _stand_by(whom: str) -> None:
+    """Ready to take over. A standby does not listen, so that a client with both addresses finds the leader."""
+    _log.info("standby", detail=whom)
+    notify(f"READY=1\nSTATUS=standby: {whom}")
 
 
 async def _listen(address: str, service: ControllerService) -> grpc.aio.Server:
@@ -175,50 +214,18 @@ async def _listen(address: str, service: ControllerService) -> grpc.aio.Server:
 
 
 def _only_one(path: Path) -> IO[str]:
-    """One controller per spool folder, and so per SQLite database: held until the process ends, however it ends."""
+    """One controller per spool folder and per SQLite database: held until the process ends, however it ends."""
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise UserError(
-            f"another controller (pid {file.read().strip() or 'unknown'}) is running with {path.parent}.",
-            "Stop it first, or give this one a spool_dir and database of its own.",
+            f"another controller (pid {file.read().strip() or 'unknown'}) holds {path}.",
+            "Stop it first, or give this one a spool_dir and a database of its own.",
             EXIT_ALREADY_RUNNING,
         ) from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file
-
-
-def _lead(engine: Engine, holder: str, clock: Clock) -> Lead:
-    taken = acquire(engine, holder, LEAD_TTL_S, clock.wall_s())
-    if isinstance(taken, Refused) and engine.dialect.name == "sqlite":
-        # SQLite means one machine and the lock file is ours: whoever held the lead there is dead.
-        dead = leader(engine)
-        if dead is not None:
-            release(engine, dead)
-        taken = acquire(engine, holder, LEAD_TTL_S, clock.wall_s())
-    if isinstance(taken, Refused):
-        raise UserError(
-            f"controller {taken.holder} leads under term {taken.term}.",
-            "Stop it, or wait until its lead expires.",
-            EXIT_ALREADY_RUNNING,
-        )
-    return taken
-
-
-async def _keep_lead(engine: Engine, lead: Lead, clock: Clock, stop: asyncio.Event) -> bool:
-    """Renews the lead; returns True, having set `stop`, once another has it. A dead database is no reason to stop:
-    agents fence by term, and without the database nobody else can take the lead either."""
-    while True:
-        await asyncio.sleep(_RENEW_S)
-        try:
-            renewed = await asyncio.to_thread(partial(renew, engine, lead, LEAD_TTL_S, clock.wall_s()))
-        except StoreUnavailable as error:
-            _log.warning("leadership_not_renewed", detail=str(error))
-            continue
-        if renewed is None:
-            stop.set()
-            return True

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from controller.domain.decision import canonical_json
+from controller.policy import routing
 from simulator.physics import Physics
 from simulator.traces import Trace
 
 _FOLDER = Path(__file__).parent
-_MODULES = ("bound", "calibration", "loads", "outcome", "physics", "references", "traces")
+_MODULES = ("bound", "calibration", "energy_table", "loads", "outcome", "physics", "references", "traces")
 
 
 def cached_json(folder: Path, name: str, physics: Physics, parts: object, make: Callable[[], Any]) -> Any:
@@ -47,4 +48,5 @@ def _digest(data: bytes | str) -> str:
 def _sources() -> str:
     """The code that such results depend on."""
     files = [*sorted((_FOLDER / "fast").glob("*.py")), *(_FOLDER / f"{name}.py" for name in _MODULES)]
+    files.append(Path(routing.__file__))
     return "".join(file.read_text(encoding="utf-8") for file in files)

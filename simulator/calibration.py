@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import controller.calibrate.sweep
+import controller.policy.routing
 import simulator.engine
 import simulator.iteration
 import simulator.physics
@@ -300,6 +301,7 @@ def plan_value(plan: SweepPlan) -> dict[str, object]:
         "groups": {group.name: sorted(str(c) for c in group.classes) for group in plan.groups},
         "tps": plan.tps,
         "clocks_mhz": plan.clocks_mhz,
+        "standby_mhz": plan.standby_mhz,
         "slo": asdict(plan.slo),
         "scheme": asdict(plan.scheme),
         "settings": asdict(plan.settings),
@@ -317,6 +319,7 @@ def _sources() -> str:
     """The code that a measurement depends on."""
     modules = (
         controller.calibrate.sweep,
+        controller.policy.routing,
         simulator.engine,
         simulator.iteration,
         simulator.physics,

@@ -246,8 +246,13 @@ class VirtualFleet:
         finished = False
         for token in instance.engine.finish_iteration(iteration, every_token=False):
             served = self._requests[token.request_id]
+            if token.gap_s is not None and token.gap_s > iteration.seconds:
+                # The pause of a preempted request is a gap that no iteration's own length shows.
+                gap_s = round(token.gap_s, 4)
+                self._result.gaps[gap_s] = self._result.gaps.get(gap_s, 0) + 1
             if served.ttft_s is None:
                 served.ttft_s = self._now_s - served.arrival_s
+                self._dispatcher.first_token(token.request_id)
             if token.finished:
                 self._finish(token.request_id, served)
                 finished = True
@@ -265,7 +270,8 @@ class VirtualFleet:
         classified = self._classifier.classify(request.input_tokens)
         self._meter.arrived(self._model, classified.load, request.input_tokens)
         due_s = self._now_s + self._slo.ttft_ms(bucket) / 1e3
-        if self._dispatcher.offer(QueuedRequest(request_id, self._model, classified.routing, due_s), self._now_s):
+        queued = QueuedRequest(request_id, self._model, classified.routing, due_s, request.input_tokens)
+        if self._dispatcher.offer(queued, self._now_s):
             self._dispatch()
 
     def _dispatch(self) -> None:

@@ -1,28 +1,29 @@
 """Loads by name: a trace file, a recorded hour made anew (`conv`, `code`), or a week of it; scaled by k with a seed.
 
-The ledger asks a load for the requests at k, and for the hour at its peak, on which k_max is searched.
+A week has the token mix of the recorded hour and the shape of the public week of 2024. The ledger asks a load for the
+requests at k, and for the hour at its peak, on which k_max is searched.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import UserError
 from simulator.cached import trace_digest
-from simulator.traces import KINDS, Kind, Trace, generate, native_rate_rps, read_azure, scale
+from simulator.logs import AZURE, LogColumns, Skipped, read_log
+from simulator.traces import KINDS, Kind, Trace, generate, native_rate_rps, scale
 
 HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S
 WEEK_S = 7 * DAY_S
 PIECE_S = 600.0  # the rate of a generated week is constant that long
-PEAK_HOUR_OF_DAY = 14.0
-# Weekend days carry this share of a weekday; peak over trough of the whole week (Azure 2024, 10-minute means).
-WEEKEND: dict[Kind, float] = {"conv": 0.8, "code": 0.4}
-WEEK_SWING: dict[Kind, float] = {"conv": 4.2, "code": 37.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Load:
     kind: Kind
     recorded: Trace | None = None
     week: bool = False
+    skipped: Skipped = field(default_factory=Skipped)
 
     @property
     def mix(self) -> Kind | Trace:
@@ -64,8 +66,11 @@ class Load:
         return self.at(k, seed)
 
 
-def load_named(source: str) -> Load:
-    """`conv`, `code`, `week-conv`, `week-code`, or the path of a trace file. Raises UserError."""
+def load_named(source: str, columns: LogColumns | None = None) -> Load:
+    """`conv`, `code`, `week-conv`, `week-code`, or the path of a file: an Azure trace, or a log of other `columns`.
+
+    Raises UserError.
+    """
     for kind in KINDS:
         if source == kind:
             return Load(source, f"generated hour, {kind}", kind)
@@ -75,21 +80,29 @@ def load_named(source: str) -> Load:
     if not path.exists() and not path.suffix:
         known = ", ".join([*KINDS, *(f"week-{kind}" for kind in KINDS)])
         raise UserError(f"{source}: neither a file nor a built-in load.", f"Use one of {known}, or a trace file.")
-    trace = read_azure(path)
-    return Load(source, trace.name, "conv", trace)
+    trace, skipped = read_log(path, columns or AZURE)
+    return Load(source, trace.name, "conv", trace, skipped=skipped)
+
+
+@cache
+def week_shape(kind: Kind) -> NDArray[np.float64]:
+    """Requests in each hour of a week from Monday on, as a share of the busiest (Azure 2024, digitised)."""
+    text = resources.files("simulator").joinpath("data/azure2024_week_shape.json").read_text(encoding="utf-8")
+    return np.array(json.loads(text)[kind]).ravel()
 
 
 def _week(kind: Kind, peak_rps: float, seed: int) -> Trace:
-    """Seven days from a Monday: the rate's logarithm swings once a day, weekends are lower. Made in pieces."""
-    weekend = WEEKEND[kind]
-    depth = math.log(WEEK_SWING[kind] * weekend) / 2
-    parts = []
-    for piece in range(int(WEEK_S / PIECE_S)):
-        at_s = piece * PIECE_S
-        day_hour = (at_s + PIECE_S / 2) % DAY_S / HOUR_S
-        level = math.exp(depth * (math.cos(2 * math.pi * (day_hour - PEAK_HOUR_OF_DAY) / 24) - 1))
-        level *= weekend if at_s >= 5 * DAY_S else 1.0
-        made = generate(kind, PIECE_S, peak_rps * level, seed * 10_007 + piece, swing=0.0)
-        parts.append((made.arrival_s + at_s, made.input_tokens, made.output_tokens))
-    arrival_s, inputs, outputs = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Trace(f"generated-week-{kind}", WEEK_S, arrival_s, inputs, outputs)
+    """Seven days from a Monday in the shape of the public week. Made in pieces, and straight into its columns: a week
+    in memory twice is too much."""
+    hours = week_shape(kind)
+    middle_s = (np.arange(int(WEEK_S / PIECE_S)) + 0.5) * PIECE_S
+    rates_rps = peak_rps * np.interp(middle_s / HOUR_S - 0.5, np.arange(len(hours)), hours, period=len(hours))
+    counts = [max(1, round(float(rate_rps) * PIECE_S)) for rate_rps in rates_rps]
+    arrival_s, tokens = np.empty(sum(counts)), np.empty((2, sum(counts)), np.int64)
+    at = 0
+    for piece, (rate_rps, count) in enumerate(zip(rates_rps, counts, strict=True)):
+        made = generate(kind, PIECE_S, float(rate_rps), seed * 10_007 + piece, swing=0.0)
+        arrival_s[at : at + count] = made.arrival_s + piece * PIECE_S
+        tokens[0, at : at + count], tokens[1, at : at + count] = made.input_tokens, made.output_tokens
+        at += count
+    return Trace(f"generated-week-{kind}", WEEK_S, arrival_s, tokens[0], tokens[1])

@@ -21,6 +21,7 @@ from simulator.traces import Trace
 WARM_UP_S = 300.0
 # Classes with fewer requests in the window are judged within their whole input bucket.
 LEAST_REQUESTS = 1000
+LEAST_SHOWN = 100  # fewer requests have no P99
 
 # Host beside the GPUs: CPU, fans, NICs of a node that is on draw 2.0 kW, and up to 2.9 kW when its GPUs draw all they
 # may (H100 reference data, docs/physics.md). An empty node is switched off after a while, and pays both ways.
@@ -138,16 +139,24 @@ def figures(run: SystemRun, slo: Slo, scheme: ClassScheme) -> dict[str, Any]:
     served = inside & run.finished
     ttft_ms, tbt_ms = run.ttft_s * 1e3, run.tbt_s * 1e3
     held_gpu_s = run.gpus * run.window_s - run.parked_gpu_s
-    buckets = classes_of(run.trace, scheme) // 3
-    by_input: dict[str, dict[str, float | int | None]] = {}
-    for rank, bucket in enumerate(Bucket):
-        mine = served & (buckets == rank)
-        by_input[bucket.value] = {
-            "requests": int((inside & (buckets == rank)).sum()),
-            "ttft_p50_ms": _quantile(ttft_ms[mine], 0.5),
-            "ttft_p99_ms": _quantile(ttft_ms[mine], 0.99),
-            "tbt_p99_ms": _quantile(tbt_ms[mine], 0.99),
+    classes = classes_of(run.trace, scheme)
+
+    def latency(mine: NDArray[np.bool_]) -> dict[str, float | int | None]:
+        answered = served & mine
+        return {
+            "requests": int((inside & mine).sum()),
+            "ttft_p50_ms": _quantile(ttft_ms[answered], 0.5),
+            "ttft_p99_ms": _quantile(ttft_ms[answered], 0.99),
+            "tbt_p50_ms": _quantile(tbt_ms[answered], 0.5),
+            "tbt_p99_ms": _quantile(tbt_ms[answered], 0.99),
         }
+
+    counts = np.bincount(classes[inside], minlength=len(ALL_CLASSES))
+    by_class = {
+        str(c): {**latency(classes == number), "gap_p99_ms": gap_quantile_s(run.gaps[:, number], 0.99) * 1e3}
+        for number, c in enumerate(ALL_CLASSES)
+        if counts[number] >= LEAST_SHOWN
+    }
     return {
         "layout": run.layout,
         **energies_kwh(run),
@@ -171,7 +180,8 @@ def figures(run: SystemRun, slo: Slo, scheme: ClassScheme) -> dict[str, Any]:
         "requests": int(inside.sum()),
         "lost": int((inside & ~run.finished).sum()),
         "energy_by_state_kwh": {state: joules / _J_PER_KWH for state, joules in run.energy_j.items()},
-        "latency_by_input": by_input,
+        "latency_by_input": {bucket.value: latency(classes // 3 == rank) for rank, bucket in enumerate(Bucket)},
+        "latency_by_class": by_class,
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from common.errors import UserError
-from simulator.physics_parameters import DATA_FOLDER, DEFAULT_NAME, Parameters, read_parameters
+from simulator.physics_parameters import DATA_FOLDER, DEFAULT_NAME, Parameters, off_by, read_parameters
 
 Prefill = Sequence[tuple[int, int]]  # per chunk: its tokens, tokens of the same prompt already in the KV cache
 
@@ -101,6 +101,13 @@ class Physics:
         elif ":" in text:
             file, _, variant = text.rpartition(":")
         return cls.load(variant=variant or "base", legacy=bool(plus), path=Path(file) if file else None)
+
+    def off_by(self, share: float) -> Self:
+        """The same GPUs, but slower and hungrier by a share than these, as no profile knows. Negative: better."""
+        if not share:
+            return self
+        name = f"{self.name} off by {share:+g}"
+        return type(self)(name, off_by(self.parameters, share), self.variant, self.legacy)
 
     def iteration(
         self,

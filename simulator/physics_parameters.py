@@ -135,6 +135,33 @@ def read_parameters(file: Path, variant: str) -> tuple[str, Parameters]:
         raise _bad_file(file, error) from None
 
 
+_DURATIONS = (
+    "gemm_memory_ms",
+    "gemm_compute_us_per_token",
+    "allreduce_us",
+    "allreduce_us_per_token",
+    "host_ms",
+    "sequence_ms",
+    "legacy_decode_floor_ms",
+)
+# With their peaks, so that the use of memory and tensor cores, and what that draws, stays the same share.
+_RATES = ("hbm_bytes_per_s", "peak_flops", "attention_flops")
+_POWERS = ("static_w", "idle_clock_w", "busy_clock_w", "busy_w", "hbm_w", "flop_w", "nvlink_w", "loading_w")
+
+
+def off_by(parameters: Parameters, share: float) -> Parameters:
+    """Every duration and every power longer and larger by `share`; the power limit and memory stay as they are."""
+    more = 1 + share
+
+    def scaled(value: Any, factor: float) -> Any:
+        return {tp: number * factor for tp, number in value.items()} if isinstance(value, dict) else value * factor
+
+    changed = {name: scaled(getattr(parameters, name), more) for name in (*_DURATIONS, *_POWERS)}
+    changed |= {name: scaled(getattr(parameters, name), 1 / more) for name in _RATES}
+    table = {tp: tuple(ms * more for ms in row) for tp, row in parameters.gemm.ms.items()}
+    return parameters.model_copy(update={**changed, "gemm": parameters.gemm.model_copy(update={"ms": table})})
+
+
 def read_file(file: Path) -> ParameterFile:
     """The data file with bases and sources. Raises UserError."""
     try:

@@ -94,7 +94,10 @@ class Recorder:
             self._row(self.clock, pool)[minute] += mhz * tp * seconds
 
     def _row(self, table: dict[str, list[float]], key: str) -> list[float]:
-        return table.setdefault(key, [0.0] * self.minutes)
+        row = table.get(key)
+        if row is None:
+            row = table[key] = [0.0] * self.minutes
+        return row
 
     def effects_seen(self, step: Step, at_s: float) -> None:
         for effect in step.effects:

@@ -1,7 +1,8 @@
 """A few equal instances under an open-loop load at one clock, in virtual time, and how they fared.
 
 Calibration measures operating points with it and the ledger searches the largest load of a static fleet. Requests go
-to the instance that holds the fewest; nothing else of a fleet is modelled here (no gateway queue, no controller).
+to the instance of the least load, as gateways send them; nothing else of a fleet is modelled here (no gateway queue,
+no controller).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
+from controller.policy.routing import load_of
 from simulator.engine import Engine
 from simulator.iteration import EngineRequest, Iteration
 from simulator.physics import Physics
@@ -83,7 +85,7 @@ def serve_steadily(
         if number == first:
             for instance in fleet:
                 instance.meter = _Meter()
-        target = min(fleet, key=_held)
+        target = min(fleet, key=_load)
         tracked.append((request, target.add(str(number), request)))
         if target.engine.waiting > GIVE_UP_WAITING:
             gave_up = True
@@ -114,8 +116,8 @@ def serve_steadily(
     )
 
 
-def _held(instance: _Instance) -> int:
-    return instance.engine.running + instance.engine.waiting
+def _load(instance: _Instance) -> float:
+    return load_of(instance.engine.running + instance.engine.waiting, instance.pending_tokens)
 
 
 def _outcome(request: Request, served: EngineRequest | None, now_s: float) -> Outcome:
@@ -140,11 +142,12 @@ class _Meter:
 class _Instance:
     """One engine and the iteration that is under way in it."""
 
-    __slots__ = ("_flight", "_idle_w", "_mhz", "_now_s", "_tp", "engine", "meter")
+    __slots__ = ("_flight", "_idle_w", "_mhz", "_now_s", "_tp", "engine", "meter", "pending_tokens")
 
     def __init__(self, physics: Physics, tp: int, mhz: int) -> None:
         self.engine = Engine(physics, tp)
         self.meter = _Meter()
+        self.pending_tokens = 0  # prompts without a token yet
         self._idle_w = physics.idle_w(mhz, context=True) * tp
         self._mhz = mhz
         self._tp = tp
@@ -172,6 +175,7 @@ class _Instance:
             return None
         if self._flight is not None:
             self._flight = self.engine.cut(request.arrival_s)
+        self.pending_tokens += request.input_tokens
         return self.engine.add(name, request.input_tokens, request.output_tokens, request.arrival_s)
 
     def _idle(self, until_s: float) -> None:
@@ -188,6 +192,8 @@ class _Instance:
         if flight.batch:
             meter.gaps[flight.gap_s] += flight.gap_count
         for event in self.engine.finish_iteration(flight, every_token=False):
+            if event.first:
+                self.pending_tokens -= event.request.input_tokens
             # The pause of a preempted request is a gap that no iteration's own length shows.
             if event.gap_s is not None and event.gap_s > flight.seconds:
                 meter.gaps[event.gap_s] += 1

@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -35,6 +36,10 @@ JITTER_S = 30.0
 DEFAULT_SWING = 0.5
 # Coefficient of variation of the inter-arrival time of the chat hour, its slow swing included.
 CONV_ARRIVAL_CV = 1.1
+
+
+_Floats = Sequence[float] | NDArray[np.float64]
+_Integers = Sequence[int] | NDArray[np.int64]
 
 
 class Request(NamedTuple):
@@ -87,21 +92,26 @@ def read_azure(path: Path) -> Trace:
         raise UserError(f"{path}: cannot be read by this user.", "Check its owner and mode.") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: is not a CSV text file: {error}.", "Name a file of the Azure trace format.") from None
-    arrival_s = np.asarray(times) - times[0]
-    mean_gap_s = arrival_s[-1] / max(len(times) - 1, 1)
+    return trace_of_rows(path.stem, times, inputs, outputs)
+
+
+def trace_of_rows(name: str, times: _Floats, inputs: _Integers, outputs: _Integers) -> Trace:
+    """From columns in order of time; arrivals count from the first row."""
+    at_s = np.asarray(times, np.float64)
+    arrival_s = at_s - at_s[0]
+    span_s = float(arrival_s[-1])
     # The window ends one mean gap after the last arrival, so that n requests span n gaps. A single row has no gap.
-    duration_s = float(arrival_s[-1] + mean_gap_s) or 1.0
-    return Trace(path.stem, duration_s, arrival_s, np.asarray(inputs), np.asarray(outputs))
+    duration_s = span_s + span_s / max(len(times) - 1, 1) or 1.0
+    return Trace(name, duration_s, arrival_s, np.asarray(inputs, np.int64), np.asarray(outputs, np.int64))
 
 
-def _read_rows(path: Path, rows: Iterator[list[str]]) -> tuple[list[float], list[int], list[int]]:
+def _read_rows(path: Path, rows: Iterator[list[str]]) -> tuple[array[float], array[int], array[int]]:
     expected = ",".join(AZURE_COLUMNS)
     header = [name.strip() for name in next(rows, [])]
     if tuple(header) != AZURE_COLUMNS:
         raise UserError(f"{path}:1: the header is {','.join(header)[:80]!r}, not {expected}.", "Use that format.")
-    times: list[float] = []
-    inputs: list[int] = []
-    outputs: list[int] = []
+    # Arrays, not lists: the public week has tens of millions of rows.
+    times, inputs, outputs = array("d"), array("q"), array("q")
     for line, row in enumerate(rows, start=2):
         if not row:
             continue  # an empty line holds no request
@@ -111,8 +121,8 @@ def _read_rows(path: Path, rows: Iterator[list[str]]) -> tuple[list[float], list
             second = _timestamp(row[0])
             if times and second < times[-1]:
                 raise ValueError(f"TIMESTAMP {row[0]} is earlier than the row before; rows must be in order")
-            inputs.append(_tokens(AZURE_COLUMNS[1], row[1]))
-            outputs.append(_tokens(AZURE_COLUMNS[2], row[2]))
+            inputs.append(whole_tokens(AZURE_COLUMNS[1], row[1]))
+            outputs.append(whole_tokens(AZURE_COLUMNS[2], row[2]))
             times.append(second)
         except ValueError as error:
             raise UserError(f"{path}:{line}: {error}.", "Correct or remove that row.") from None
@@ -130,7 +140,8 @@ def _timestamp(text: str) -> float:
     return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
 
 
-def _tokens(column: str, text: str) -> int:
+def whole_tokens(column: str, text: str) -> int:
+    """A number of tokens as it stands in a file. Raises ValueError that names the column."""
     digits = text.strip()
     if not (digits.isascii() and digits.isdigit()) or not 1 <= int(digits[:12]) <= MAX_TOKENS:
         raise ValueError(f"{column} {text[:40]!r} is no whole number of tokens from 1 to {MAX_TOKENS:,}")

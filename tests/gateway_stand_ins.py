@@ -45,7 +45,9 @@ class Engine:
     running: int = 0
     most_running: int = 0
     endpoint: str = ""
+    answered: list[dict[str, object]] = field(default_factory=list)  # requests of which a byte of the answer was sent
     _server: asyncio.Server = field(init=False, repr=False)
+    _writers: set[asyncio.StreamWriter] = field(default_factory=set, repr=False)
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self, "127.0.0.1", 0)
@@ -54,8 +56,15 @@ class Engine:
     async def stop(self) -> None:
         self._server.close()
 
+    async def kill(self) -> None:
+        """Dies: running answers break off, new connections are refused."""
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self._writers.add(writer)
         try:
             for _ in range(self.answers_per_connection):
                 if not await self._one(reader, writer):
@@ -64,13 +73,14 @@ class Engine:
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
+            self._writers.discard(writer)
             writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         lines = (line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
         headers = {name.lower(): value for name, value in lines}
-        body = json.loads(await reader.readexactly(int(headers["content-length"])))
+        body = json.loads(await _body(reader, headers))
         self.requests.append(body)
         self.headers.append(headers)
         self.running += 1
@@ -94,7 +104,10 @@ class Engine:
             self._whole(writer, self.status, {"error": {"message": "engine says no", "code": self.status}})
         elif not body.get("stream"):
             await asyncio.sleep(self.token_s * tokens)
+            if writer.is_closing():
+                return False
             choices = [{"index": 0, "text": "x" * tokens, "finish_reason": "length"}]
+            self.answered.append(body)
             usage = {"prompt_tokens": 40, "completion_tokens": tokens, "total_tokens": 40 + tokens}
             self._whole(writer, 200, {"id": "a", "object": "text_completion", "choices": choices, "usage": usage})
         else:
@@ -105,6 +118,8 @@ class Engine:
                     break
                 if number == self.dies_after or not await self._pause(reader):
                     return False
+                if not number and not writer.is_closing():
+                    self.answered.append(body)
                 _chunk(writer, _event(body, number, tokens))
                 await writer.drain()
             if self.sends_done and self.error_event_after is None:
@@ -129,6 +144,18 @@ class Engine:
             b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (status, len(data))
         )
         writer.write(data)
+
+
+async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
+    """Of a known length, or in chunks, as Envoy sends what passed an external processor."""
+    if "content-length" in headers:
+        return await reader.readexactly(int(headers["content-length"]))
+    pieces = []
+    while size := int((await reader.readline()).split(b";")[0], 16):
+        pieces.append(await reader.readexactly(size))
+        await reader.readline()
+    await reader.readline()
+    return b"".join(pieces)
 
 
 def _event(body: dict[str, object], number: int, tokens: int) -> bytes:
@@ -161,6 +188,7 @@ class StandInController(rpc.ControllerServicer):
 
     def __init__(self) -> None:
         self.reports: list[pb.ReportLoadRequest] = []
+        self.power_w: float | None = None  # of every instance
         self._table: RoutingTable | None = None
         self._changed = asyncio.Event()
 
@@ -183,6 +211,13 @@ class StandInController(rpc.ControllerServicer):
     ) -> pb.ReportLoadResponse:
         self.reports.append(request)
         return pb.ReportLoadResponse(term=1)
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.GetStatusResponse:
+        pools = self._table.pools if self._table is not None else ()
+        names = [instance.instance_id for pool in pools for instance in pool.instances]
+        return pb.GetStatusResponse(
+            pools=[pb.PoolStatus(instances=[pb.InstanceStatus(instance_id=n, power_w=self.power_w) for n in names])]
+        )
 
 
 @asynccontextmanager
@@ -239,6 +274,7 @@ class Gateway:
     url: str
     process: asyncio.subprocess.Process
     log: list[str]
+    picker_port: int = 0
 
 
 @asynccontextmanager
@@ -259,6 +295,7 @@ async def gateway_process(controller_port: int, **settings: object) -> AsyncIter
     assert process.stderr is not None
     log: list[str] = []
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    picking: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def read(stream: asyncio.StreamReader) -> None:
         async for raw in stream:
@@ -266,6 +303,8 @@ async def gateway_process(controller_port: int, **settings: object) -> AsyncIter
             log.append(line)
             if '"event": "listening"' in line and not listening.done():
                 listening.set_result(json.loads(line)["address"])
+            if '"event": "picker_listening"' in line:
+                picking.set_result(json.loads(line)["port"])
         if not listening.done():
             listening.set_exception(RuntimeError("the gateway ended: " + "".join(log)))
 
@@ -273,7 +312,8 @@ async def gateway_process(controller_port: int, **settings: object) -> AsyncIter
     try:
         async with asyncio.timeout(30):
             url = await listening
-        yield Gateway(url, process, log)
+            port = await picking if "picker__listen" in settings else 0
+        yield Gateway(url, process, log, port)
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)

@@ -30,10 +30,15 @@ from controller.store.records import (
     ActionRecord,
     DecisionOutcome,
     EnergySource,
+    InputFrame,
+    InputSnapshot,
     LoadRow,
     NodeRecord,
+    OrderKind,
+    OrderRecord,
     PlanRecord,
     Record,
+    SavingRow,
     SloRow,
     TelemetryRow,
     TransitionRow,
@@ -131,6 +136,10 @@ def one_of_each() -> list[Record]:
             {"long": {"granted_gpus": 8}},
         ),
         NodeRecord("node-1", NOON_S, 8, "10.0.0.1:7443", {"driver": "580.1"}),
+        InputFrame(1, 1, NOON_S, NOON_S + 300, 1200, ('["t",1.0,2.0,"instance"]',)),
+        InputSnapshot(1, 1, NOON_S, lambda: "{}"),
+        OrderRecord(1, 1, NOON_S, OrderKind.MODE, "pool:long", "advisory", "ada@desk", "trying it out"),
+        SavingRow("2026-03-01", MODEL, "", "single_pool", 86_400.0, 3.6e8, 7.2e8, 6.8e8, 7.6e8, 0.12, 450.0, NOON_S),
     ]
 
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Container, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import grpc
 from sqlalchemy import Engine
 
 from controller.api.routing_hub import RoutingHub
-from controller.api.wire import MODES, loads_from_wire, routing_to_wire, timestamp
+from controller.api.wire import MODE_OF, MODES, latencies_from_wire, loads_from_wire, routing_to_wire, timestamp
+from controller.domain.classes import RequestClass
 from controller.domain.decision import canonical_json
-from controller.domain.reasons import Level
+from controller.domain.reasons import Level, Mode
+from controller.explain import explain
 from controller.fleet.port import Event, LoadSeen
+from controller.loop.orders import CLUSTER_SCOPE, NODE_PREFIX, POOL_PREFIX, PlanNow, SetMode
+from controller.loop.runtime import Runtime
+from controller.loop.snapshot import take
 from controller.loop.state import State
+from controller.policy.stabilise import price
+from controller.preview import preview
+from controller.store.recorder import RecorderCounts
+from controller.store.records import OrderKind
 from controller.store.repositories import StoredDecision, get_decision, list_decisions
 from dynamollm.v1 import controller_pb2 as pb
 from dynamollm.v1 import controller_pb2_grpc as rpc
@@ -34,10 +44,13 @@ class ControllerService(rpc.ControllerServicer):
         monotonic_s: Callable[[], float],
         engine: Engine,
         addresses: dict[str, str],
-        recorder_counts: Callable[[], tuple[int, int]],
+        recorder_counts: Callable[[], RecorderCounts],
+        runtime: Runtime,
+        holder: str,
     ) -> None:
-        """`recorder_counts` gives (recorded, waiting in memory or spool)."""
         self._state = state
+        self._runtime = runtime
+        self._holder = holder
         self._hub = hub
         self._sink = sink
         self._monotonic_s = monotonic_s
@@ -58,10 +71,13 @@ class ControllerService(rpc.ControllerServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "gateway_id and epoch are needed")
         try:
             observations = loads_from_wire(request, self._monotonic_s())
+            latencies = latencies_from_wire(request, self._state.settings.model)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         for observation in observations:
             self._sink(LoadSeen(observation))
+        for request_class, seen in latencies:
+            self._runtime.latency(request.gateway_id, request.epoch, request_class, seen)
         return pb.ReportLoadResponse(term=self._state.term)
 
     async def ListNodes(
@@ -72,15 +88,21 @@ class ControllerService(rpc.ControllerServicer):
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GetStatusResponse:
-        state, recorded = self._state, self._recorder_counts()
+        state, counts = self._state, self._recorder_counts()
+        readings = [gpu.power_w for node in state.nodes.values() for gpu in node.gpus if gpu.power_w is not None]
         return pb.GetStatusResponse(
             mode=MODES[state.mode],
             term=state.term,
             pools=self._pools(),
             nodes=self._nodes(),
             last_sentences={str(level): sentence for level, sentence in state.sentences.items()},
-            decisions_recorded=recorded[0],
-            decisions_spooled=recorded[1],
+            decisions_recorded=counts.recorded,
+            decisions_spooled=counts.in_memory + counts.spooled,
+            modes=_modes(state),
+            holder=self._holder,
+            power_w=sum(readings) if readings else None,
+            predicted_power_w=predicted_power_w(state, self._monotonic_s()),
+            database_up=counts.database_ok,
         )
 
     async def ListDecisions(
@@ -110,6 +132,51 @@ class ControllerService(rpc.ControllerServicer):
             inputs_json=canonical_json(decision.inputs),
             alternatives_json=canonical_json(list(decision.alternatives)),
             outcome_json=canonical_json(decision.outcome),
+            explanation=explain(decision, stored.outcome, stored.id),
+            realised_json=canonical_json(asdict(stored.outcome)) if stored.outcome else "",
+        )
+
+    async def SetMode(
+        self, request: pb.SetModeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.SetModeResponse:
+        mode, state = MODE_OF.get(request.mode), self._state
+        wrong = _wrong_scope(state, request.scope, self._addresses)
+        if mode is None:
+            wrong = "mode must be active, advisory or paused"
+        if not request.who:
+            wrong = "who asks is needed: it is kept in the history"
+        if wrong or mode is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
+        before = state.mode if request.scope == CLUSTER_SCOPE else state.modes.get(request.scope, Mode.ACTIVE)
+        await self._runtime.order(OrderKind.MODE, SetMode(request.scope, mode), mode.value, request.who, request.why)
+        return pb.SetModeResponse(before=MODES[before], modes=_modes(state))
+
+    async def PlanNow(
+        self, request: pb.PlanNowRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.PlanNowResponse:
+        if not request.who:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "who asks is needed: it is kept in the history")
+        if not self._state.pools:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "there is no plan yet: nodes are awaited")
+        await self._runtime.order(OrderKind.PLAN, PlanNow("operator"), "", request.who, request.why)
+        return pb.PlanNowResponse()
+
+    async def PreviewPlan(
+        self, request: pb.PreviewPlanRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.PreviewPlanResponse:
+        state = self._state
+        if not state.pools:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "there is no plan yet: nodes are awaited")
+        snapshot = take(state, state.expected_nodes)
+        now = self._runtime.now()
+        found = await asyncio.to_thread(preview, snapshot, state.profile, state.term, now)
+        return pb.PreviewPlanResponse(
+            decisions=[_decision(StoredDecision(0, decision, None)) for decision in found.decisions],
+            instances_now=found.now,
+            instances_then=found.then,
+            power_now_w=found.power_now_w,
+            power_then_w=found.power_then_w,
+            explanation=explain(found.decisions[-1])[:-1] if found.decisions else [],
         )
 
     def _nodes(self) -> list[pb.NodeStatus]:
@@ -147,10 +214,17 @@ class ControllerService(rpc.ControllerServicer):
                     node_id=node_id,
                     tensor_parallel=instance.tp,
                     state=types.InstanceState.Value(f"INSTANCE_STATE_{instance.state.name}"),
-                    clock_mhz=clock.mhz or 0 if clock else 0,
+                    clock_mhz=clock.mhz or 0
+                    if clock and state.mode_of(state.pool_of(instance), node_id) is Mode.ACTIVE
+                    else 0,
+                    running=instance.running,
+                    waiting=instance.waiting,
+                    power_w=_power_w(state, node_id, instance.gpu_uuids),
                 )
             )
-        rates = state.load.rates_rps(self._monotonic_s(), state.settings.load_window_s) or {}
+        now_s = self._monotonic_s()
+        rates = state.load.rates_rps(now_s, state.settings.load_window_s) or {}
+        queues = state.load.queues()
         return [
             pb.PoolStatus(
                 name=name,
@@ -159,9 +233,67 @@ class ControllerService(rpc.ControllerServicer):
                 granted_gpus=plan.granted_gpus,
                 instances=by_pool[name],
                 request_rate=sum(rates.get(c, 0.0) for c in plan.group.classes),
+                mode=MODES[state.mode_of(name, "")],
+                power_w=_sum_known(item.power_w for item in by_pool[name] if item.HasField("power_w")),
+                planned_rate=plan.demand_rps,
+                capacity_rate=sum(
+                    state.fit.max_rate_rps(name, item.tensor_parallel)
+                    for item in by_pool[name]
+                    if item.state == types.INSTANCE_STATE_READY
+                ),
+                slo_attainment=slo_attainment(state, plan.group.classes, now_s),
+                queued=queues[name].waiting if name in queues else 0,
             )
             for name, plan in sorted(state.pools.items())
         ]
+
+
+def slo_attainment(state: State, classes: Container[RequestClass], now_s: float) -> float | None:
+    """Share of the requests in SLO of those that ended within the last pool period; None when none did."""
+    ended = in_slo = 0
+    for windows in state.load.by_gateway(now_s, state.settings.pool_s).values():
+        for window in windows:
+            for request_class, counts in window.classes.items():
+                if request_class in classes:
+                    ended += counts.completed + counts.failed
+                    in_slo += counts.in_slo
+    return in_slo / ended if ended else None
+
+
+def predicted_power_w(state: State, now_s: float) -> float | None:
+    """What the wanted layout was planned to draw, with its empty GPUs; None before the first plan."""
+    if not state.pools:
+        return None
+    demand = {name: plan.demand_rps for name, plan in state.pools.items()}
+    return price(state.fit, state.layout.counts(), demand, state.usable_gpus(now_s)).power_w
+
+
+def _power_w(state: State, node_id: str, gpu_uuids: Iterable[str]) -> float | None:
+    wanted = set(gpu_uuids)
+    return _sum_known(g.power_w for g in state.nodes[node_id].gpus if g.uuid in wanted and g.power_w is not None)
+
+
+def _sum_known(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return sum(known) if known else None
+
+
+def _modes(state: State) -> list[pb.ScopeMode]:
+    return [pb.ScopeMode(scope=scope, mode=MODES[mode]) for scope, mode in sorted(state.modes.items())]
+
+
+def _wrong_scope(state: State, scope: str, nodes: Container[str]) -> str:
+    """Why there is no such scope; "" when there is."""
+    if scope == CLUSTER_SCOPE:
+        return ""
+    if scope.startswith(POOL_PREFIX):
+        known = [group.name for group in state.profile.groups]
+        pool = scope.removeprefix(POOL_PREFIX)
+        return "" if pool in known else f"there is no pool {pool!r}: the profile has {', '.join(known)}"
+    if scope.startswith(NODE_PREFIX):
+        node = scope.removeprefix(NODE_PREFIX)
+        return "" if node in nodes else f"there is no node {node!r}"
+    return f"{scope!r} is no scope: cluster, pool:NAME or node:ID is needed"
 
 
 def _decision(stored: StoredDecision) -> pb.Decision:

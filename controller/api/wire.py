@@ -14,9 +14,11 @@ from controller.fleet.port import (
     RoutedPool,
     RoutingTable,
 )
+from controller.loop.latency import ClassLatency, Histogram
 from dynamollm.v1 import controller_pb2 as pb
 
 MODES = {Mode.ACTIVE: pb.MODE_ACTIVE, Mode.ADVISORY: pb.MODE_ADVISORY, Mode.PAUSED: pb.MODE_PAUSED}
+MODE_OF = {wire: mode for mode, wire in MODES.items()}
 
 
 def timestamp(epoch_s: float) -> Timestamp:
@@ -100,4 +102,19 @@ def loads_from_wire(message: pb.ReportLoadRequest, observed_at_s: float) -> list
     return [
         LoadObservation(message.gateway_id, message.epoch, observed_at_s, model, classes, queues)
         for model, classes in by_model.items()
+    ]
+
+
+def latencies_from_wire(message: pb.ReportLoadRequest, model: str) -> list[tuple[RequestClass, ClassLatency]]:
+    """Of one model's classes that report both histograms. Raises ValueError for ones that make no sense."""
+    return [
+        (
+            RequestClass.parse(load.request_class),
+            ClassLatency(
+                Histogram.from_cumulative(load.ttft_seconds.bounds, load.ttft_seconds.counts),
+                Histogram.from_cumulative(load.token_gap_seconds.bounds, load.token_gap_seconds.counts),
+            ),
+        )
+        for load in message.classes
+        if load.model == model and load.ttft_seconds.counts and load.token_gap_seconds.counts
     ]

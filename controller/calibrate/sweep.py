@@ -89,7 +89,9 @@ class SweepPlan:
 
     groups: tuple[ClassGroup, ...] = DEFAULT_GROUPS
     tps: tuple[int, ...] = (2, 4, 8)
-    clocks_mhz: tuple[int, ...] = (795, 1005, 1200, 1395, 1695, 1980)
+    clocks_mhz: tuple[int, ...] = (600, 795, 1005, 1200, 1305, 1395, 1695, 1980)
+    # Clock at which instances stand by: the lowest that can be locked. Measured idle only.
+    standby_mhz: int = 210
     slo: Slo = field(default_factory=Slo)
     scheme: ClassScheme = field(default_factory=ClassScheme)
     settings: SweepSettings = field(default_factory=SweepSettings)
@@ -330,7 +332,11 @@ def build_profile(
         tps=plan.tps,
         clocks_mhz=plan.clocks_mhz,
         points=tuple(sorted(set_of(points), key=lambda p: (p.group, p.tp, p.mhz, p.rate_rps))),
-        idle=tuple(IdlePoint(tp, mhz, backend.idle_w(tp, mhz)) for tp in plan.tps for mhz in plan.clocks_mhz),
+        idle=tuple(
+            IdlePoint(tp, mhz, backend.idle_w(tp, mhz))
+            for tp in plan.tps
+            for mhz in sorted({plan.standby_mhz, *plan.clocks_mhz})
+        ),
         parked_w=backend.parked_w(),
         mixes={group.name: class_mix(samples[group.name], plan.scheme) for group in plan.groups},
         work=TokenWork(

@@ -12,6 +12,7 @@ from common.config import load_config
 from common.config_sample import to_toml
 from common.errors import exit_on_user_error
 from common.logs import configure_logs
+from common.tls import check_files
 from controller.config import ControllerConfig
 
 PROGRAM = "dynamollm-controller"
@@ -34,10 +35,11 @@ def run(config: ConfigOption = DEFAULT_CONFIG, listen: ListenOption = None) -> N
 
 @app.command("check-config")
 def check_config(config: ConfigOption = DEFAULT_CONFIG) -> None:
-    """Says whether the configuration and the profile that it names are valid."""
+    """Says whether the configuration, and the profile and certificates that it names, are valid."""
     from controller.daemon import read_profile
 
     settings = load_config(ControllerConfig, "controller", config)
+    check_files(settings.agent_tls, "agent_tls")
     profile = read_profile(settings.profile)
     typer.echo(f"{config}: valid; profile {profile.checksum()[:12]} of {profile.model} on {profile.gpu}")
 

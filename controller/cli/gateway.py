@@ -1,7 +1,8 @@
-"""`dynamollm-gateway`: run | check-config | show-config."""
+"""`dynamollm-gateway`: run | check-config | show-config | new-key."""
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,9 @@ import typer
 
 from common.config import load_config
 from common.config_sample import to_toml
-from common.errors import exit_on_user_error
+from common.errors import UserError, exit_on_user_error
 from common.logs import configure_logs
+from controller.gateway.access import hash_of, is_line
 from controller.gateway.config import DEFAULT_PATH, PART, GatewayConfig
 
 PROGRAM = "dynamollm-gateway"
@@ -61,6 +63,15 @@ def show_config(
     """Prints the configuration in effect: file, environment, flags and defaults together."""
     settings = _load(config, listen, controller)
     typer.echo(settings.model_dump_json(indent=2) if as_json else to_toml(settings), nl=as_json)
+
+
+@app.command("new-key")
+def new_key(name: Annotated[str, typer.Argument(help="Whom it is for: letters, digits, dots, dashes.")]) -> None:
+    """Makes an API key: the key itself goes to the client, the line into `access.keys_file`."""
+    line = f"{name} {hash_of(key := secrets.token_urlsafe(32))}"
+    if not is_line(line):
+        raise UserError(f"{name!r} is no name for a key.", "Use up to 64 letters, digits, dots, dashes.")
+    typer.echo(f"key:  {key}\nline: {line}")
 
 
 def _path(config: Path | None) -> Path | None:

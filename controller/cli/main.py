@@ -5,81 +5,80 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import grpc
 import typer
-from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from common.errors import EXIT_UNAVAILABLE, UserError, exit_on_user_error
+from common.errors import UserError, exit_on_user_error
 from controller.cli import node as node_commands
+from controller.cli import predictor as predictor_commands
+from controller.cli.operate import mode, plan, pool_list
+from controller.cli.replay import replay
+from controller.cli.savings import savings
+from controller.cli.shared import (
+    DEFAULT_CONTROLLER,
+    DEFAULT_URL,
+    ControllerOption,
+    JsonOption,
+    UrlOption,
+    call,
+    console,
+    mode_name,
+    print_json,
+)
 from controller.cli.simulate import simulate
 from controller.domain.reasons import Level
 from dynamollm.v1 import controller_pb2 as pb
-from dynamollm.v1 import controller_pb2_grpc as rpc
 from dynamollm.v1 import types_pb2 as types
 
 PROGRAM = "dynamollm"
-_DEADLINE_S = 5.0
 
 app = typer.Typer(name=PROGRAM, help="Operate a DynamoLLM fleet.", no_args_is_help=True)
 db = typer.Typer(help="The history database.", no_args_is_help=True)
 decision = typer.Typer(help="What was decided, and why.", no_args_is_help=True)
 node = typer.Typer(help="GPU hosts.", no_args_is_help=True)
+pool = typer.Typer(help="Pools of instances.", no_args_is_help=True)
+predictor = typer.Typer(help="What guesses how long answers will be.", no_args_is_help=True)
 profile = typer.Typer(help="Energy-performance profiles.", no_args_is_help=True)
-for name, group in (("db", db), ("decision", decision), ("node", node), ("profile", profile)):
+GROUPS = (
+    ("db", db),
+    ("decision", decision),
+    ("node", node),
+    ("pool", pool),
+    ("predictor", predictor),
+    ("profile", profile),
+)
+for name, group in GROUPS:
     app.add_typer(group, name=name)
-app.command()(simulate)
+for command in (simulate, mode, plan, replay, savings):
+    app.command()(command)
+pool.command("list")(pool_list)
 node_commands.mount(node)
-
-console = Console()
-ControllerOption = Annotated[str, typer.Option("--controller", help="gRPC address of the controller.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-UrlOption = Annotated[str, typer.Option("--database-url", envvar="DYNAMOLLM_CONTROLLER__DATABASE_URL")]
-DEFAULT_CONTROLLER = "127.0.0.1:7700"
-DEFAULT_URL = "sqlite:////var/lib/dynamollm/controller.db"
+predictor_commands.mount(predictor)
 
 
 # -------------------------------------------------------------------------------------------------- controller
 
 
-def _call(address: str, method: str, request: Any) -> Any:
-    """One unary call; raises UserError when the controller cannot be reached or refuses."""
-    with grpc.insecure_channel(address) as channel:
-        try:
-            return getattr(rpc.ControllerStub(channel), method)(request, timeout=_DEADLINE_S)
-        except grpc.RpcError as error:
-            code, details = error.code(), error.details()
-            if code is grpc.StatusCode.UNAVAILABLE:
-                raise UserError(
-                    f"{address}: no controller answers.",
-                    "Is dynamollm-controller running? Name another address with --controller.",
-                    EXIT_UNAVAILABLE,
-                ) from None
-            raise UserError(f"{address}: {code.name.lower()}: {details}.") from None
-
-
-def _print_json(message: Any) -> None:
-    typer.echo(json.dumps(MessageToDict(message, preserving_proto_field_name=True), indent=2))
-
-
 @app.command()
 def status(controller: ControllerOption = DEFAULT_CONTROLLER, as_json: JsonOption = False) -> None:
     """Pools, instances and clocks now, and what the loop said last."""
-    answer: pb.GetStatusResponse = _call(controller, "GetStatus", pb.GetStatusRequest())
+    answer: pb.GetStatusResponse = call(controller, "GetStatus", pb.GetStatusRequest())
     if as_json:
-        _print_json(answer)
+        print_json(answer)
         return
-    console.print(f"mode {pb.Mode.Name(answer.mode).removeprefix('MODE_').lower()}, term {answer.term}")
+    console.print(f"mode {mode_name(answer.mode)}, term {answer.term}")
+    for item in answer.modes:
+        console.print(f"{item.scope} is {mode_name(item.mode)}", highlight=False, soft_wrap=True)
     table = Table("pool", "classes", "req/s", "granted GPUs", "instance", "node", "TP", "state", "clock")
-    for pool in answer.pools:
-        head = [pool.name, " ".join(pool.classes), f"{pool.request_rate:.2f}", str(pool.granted_gpus)]
-        if not pool.instances:
+    for seen in answer.pools:
+        head = [seen.name, " ".join(seen.classes), f"{seen.request_rate:.2f}", str(seen.granted_gpus)]
+        if not seen.instances:
             table.add_row(*head, "none", "", "", "", "")
-        for instance in pool.instances:
+        for instance in seen.instances:
             state = types.InstanceState.Name(instance.state).removeprefix("INSTANCE_STATE_").lower()
             clock = f"{instance.clock_mhz} MHz" if instance.clock_mhz else "unlocked"
             table.add_row(*head, instance.instance_id, instance.node_id, str(instance.tensor_parallel), state, clock)
@@ -93,9 +92,9 @@ def status(controller: ControllerOption = DEFAULT_CONTROLLER, as_json: JsonOptio
 @node.command("list")
 def node_list(controller: ControllerOption = DEFAULT_CONTROLLER, as_json: JsonOption = False) -> None:
     """The hosts that the controller knows, and how fresh their data is."""
-    answer: pb.ListNodesResponse = _call(controller, "ListNodes", pb.ListNodesRequest())
+    answer: pb.ListNodesResponse = call(controller, "ListNodes", pb.ListNodesRequest())
     if as_json:
-        _print_json(answer)
+        print_json(answer)
         return
     table = Table("node", "address", "data", "age s", "GPUs", "W")
     for item in answer.nodes:
@@ -113,9 +112,9 @@ def decision_list(
 ) -> None:
     """The newest decisions, one sentence each."""
     request = pb.ListDecisionsRequest(level=level, page_size=limit)
-    answer: pb.ListDecisionsResponse = _call(controller, "ListDecisions", request)
+    answer: pb.ListDecisionsResponse = call(controller, "ListDecisions", request)
     if as_json:
-        _print_json(answer)
+        print_json(answer)
         return
     table = Table("id", "at (UTC)", "level", "scope", "reason", "sentence")
     for item in answer.decisions:
@@ -131,9 +130,9 @@ def decision_show(
     as_json: JsonOption = False,
 ) -> None:
     """One decision with its inputs, the alternatives and why each lost, and its outcome."""
-    answer: pb.GetDecisionResponse = _call(controller, "GetDecision", pb.GetDecisionRequest(id=number))
+    answer: pb.GetDecisionResponse = call(controller, "GetDecision", pb.GetDecisionRequest(id=number))
     if as_json:
-        _print_json(answer)
+        print_json(answer)
         return
     item = answer.decision
     console.print(f"{item.id} {item.level}/{item.scope} ({item.trigger}): {item.reason}\n{item.sentence}")
@@ -144,6 +143,37 @@ def decision_show(
     ):
         console.print(f"\n{title}:")
         console.print_json(text)
+
+
+@decision.command("explain")
+def decision_explain(
+    number: Annotated[int, typer.Argument(metavar="ID", min=1)],
+    controller: ControllerOption = DEFAULT_CONTROLLER,
+    url: Annotated[str, typer.Option("--database-url", help="Read it from the database instead.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """One decision in plain sentences: what was seen, what lost and why, what was expected, what came of it."""
+    if url:
+        said = _explained(url, number)
+    else:
+        answer: pb.GetDecisionResponse = call(controller, "GetDecision", pb.GetDecisionRequest(id=number))
+        said = list(answer.explanation)
+    if as_json:
+        typer.echo(json.dumps({"id": number, "explanation": said}, indent=2))
+        return
+    for sentence in said:
+        console.print(sentence, highlight=False, soft_wrap=True)
+
+
+def _explained(url: str, number: int) -> list[str]:
+    from controller.explain import explain
+    from controller.store.engine import open_engine
+    from controller.store.repositories import get_decision
+
+    stored = get_decision(open_engine(url), number)
+    if stored is None:
+        raise UserError(f"there is no decision {number}.", "`dynamollm decision list` shows the newest.")
+    return explain(stored.decision, stored.outcome, stored.id)
 
 
 # ---------------------------------------------------------------------------------------------------- database
@@ -165,6 +195,35 @@ def current(url: UrlOption = DEFAULT_URL) -> None:
 
     found = migrate.current(engine.open_engine(url))
     typer.echo(f"{engine.describe(url)}: {found or 'no tables'}; this version needs {migrate.head()}")
+
+
+@db.command()
+def prune(
+    config: Annotated[Path, typer.Option(help="The controller's configuration, for its retention.")] = Path(
+        "/etc/dynamollm/controller.toml"
+    ),
+    url: Annotated[str, typer.Option("--database-url", help="Instead of the configuration's.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Sums old minutes into hours and deletes what is older than it is kept, as the controller does every hour."""
+    import time
+
+    from common.config import load_config
+    from controller.config import ControllerConfig
+    from controller.store import engine, migrate, retention
+
+    settings = load_config(ControllerConfig, "controller", config)
+    opened = engine.open_engine(url or settings.database_url)
+    migrate.require_current(opened)
+    gone = retention.prune(opened, settings.retention.limits(), time.time())
+    left = retention.sizes(opened)
+    if as_json:
+        typer.echo(json.dumps({"gone": gone, "left": {name: rows for name, (rows, _) in left.items()}}, indent=2))
+        return
+    table = Table("table", "rows gone", "rows left", "oldest (UTC)")
+    for name, (rows, oldest) in left.items():
+        table.add_row(name, str(gone.get(name, 0)), str(rows), oldest or "")
+    console.print(table)
 
 
 # ---------------------------------------------------------------------------------------------------- profiles

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,32 +16,60 @@ from rich.table import Column, Table
 
 from common.errors import UserError
 
+_SEVERAL = " Several, with commas: the first is the headline, the others show what it changes."
+
 
 def simulate(
-    trace: Annotated[str, typer.Option(help="A trace file, or conv, code, week-conv, week-code.")],
+    trace: Annotated[str, typer.Option(help="A trace or log file, or conv, code, week-conv, week-code.")],
     nodes: Annotated[int, typer.Option(min=1, max=1000, help="Hosts of eight GPUs.")] = 12,
-    u: Annotated[float, typer.Option(min=0.01, max=2.0, help="Load as a share of SinglePool's largest.")] = 0.6,
+    u: Annotated[str, typer.Option(help="Load as a share of SinglePool's largest." + _SEVERAL)] = "0.6",
     systems: Annotated[str, typer.Option(help="all, or names separated by commas.")] = "all",
     seeds: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 1,
     bound: Annotated[bool, typer.Option(help="Compute the clairvoyant bound.")] = True,
-    physics: Annotated[str, typer.Option(help="The twin's physics: [FILE:]VARIANT[+legacy].")] = "base",
-    start_s: Annotated[float, typer.Option(min=0.1, help="Seconds that a start of an instance takes.")] = 180.0,
+    physics: Annotated[str, typer.Option(help="The twin's physics: [FILE:]VARIANT[+legacy]." + _SEVERAL)] = "base",
+    mismatch: Annotated[
+        str, typer.Option(help="Share by which the GPUs are slower and hungrier than profiled." + _SEVERAL)
+    ] = "0",
+    start_s: Annotated[str, typer.Option(help="Seconds that a start of an instance takes." + _SEVERAL)] = "180",
+    pools: Annotated[str, typer.Option(help="Hold the pools to this many; auto: as each system does." + _SEVERAL)] = (
+        "auto"
+    ),
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Columns or JSON keys of your own log: arrival=NAME,input=NAME,output=NAME[,unit=s|ms]."),
+    ] = None,
     carbon: Annotated[
         str, typer.Option("--carbon-g-per-kwh", help="Grams of CO2 per kWh, or a CSV of hours,value.")
     ] = "450",
     price: Annotated[str, typer.Option("--price-per-kwh", help="USD per kWh, or a CSV of hours,value.")] = "0.12",
-    out: Annotated[Path | None, typer.Option(help="Folder for result.json, with the course over time.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for result.json, with the course over time, and report.html.")
+    ] = None,
     cache: Annotated[Path, typer.Option(help="Folder of profiles and searches; a second run reads them.")] = Path(
         ".cache"
     ),
     workers: Annotated[int, typer.Option(min=1, max=64, help="Processes; the result does not depend on it.")] = 2,
+    ray: Annotated[
+        str | None, typer.Option(help="Run on a Ray cluster: its address, or local for one on this machine.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Compares the systems on a load: energy, SLO, carbon and cost, beside the references and the bound."""
-    from simulator.ledger import ALL_SYSTEMS, Study, read_steps, run_study, summary
+    from simulator.ledger import summary
+    from simulator.logs import LogColumns
+    from simulator.prices import read_steps
+    from simulator.sensitivity import run_sweeps
+    from simulator.study import ALL_SYSTEMS, Study
 
     names = tuple(name.strip() for name in systems.split(",")) if systems != "all" else ALL_SYSTEMS
+    swept: dict[str, list[Any]] = {
+        "u": _several("--u", u, float),
+        "start_s": _several("--start-s", start_s, float),
+        "physics": _several("--physics", physics, str),
+        "mismatch": _several("--mismatch", mismatch, float),
+        "pools": _several("--pools", pools, lambda text: None if text == "auto" else int(text)),
+    }
     options = {
         "--trace": trace,
         "--nodes": nodes,
@@ -50,43 +78,63 @@ def simulate(
         "--seeds": seeds,
         "--seed": seed,
         "--physics": physics,
+        "--mismatch": mismatch,
         "--start-s": start_s,
+        "--pools": pools,
         "--carbon-g-per-kwh": carbon,
         "--price-per-kwh": price,
+        **({"--columns": columns} if columns else {}),
     }
     command = ["dynamollm", "simulate", *(str(part) for option in options.items() for part in option)]
     study = Study(
         source=trace,
         nodes=nodes,
-        u=u,
         systems=names,
         bound=bound,
         seed=seed,
         seeds=seeds,
-        physics=physics,
-        start_s=start_s,
+        **{option: values[0] for option, values in swept.items()},
+        columns=LogColumns.parse(columns) if columns else None,
+        energy_table=out is not None,
         cache=cache,
         workers=workers,
+        ray=ray,
         carbon=read_steps(carbon, "--carbon-g-per-kwh"),
         price=read_steps(price, "--price-per-kwh"),
         command=shlex.join(command if bound else [*command, "--no-bound"]),
     )
     if out is not None:
         _make_folder(out)  # before minutes of work, not after
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    bars = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*bars, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=None)
 
         def show(done: int, total: int, what: str) -> None:
             bar.update(task, completed=done, total=total or None, description=what)
 
-        result = run_study(study, show)
+        result = run_sweeps(study, swept, show)
     if out is not None:
+        from simulator.report import write_report
+
         (out / "result.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_report(result, out / "report.html")
     if as_json:
         typer.echo(json.dumps(summary(result), indent=1, allow_nan=False))
     else:
         _show(result)
+        if out is not None:
+            Console().print(f"{out / 'report.html'}", highlight=False)
+
+
+def _several(option: str, text: str, read: Callable[[str], Any]) -> list[Any]:
+    """One value, or several separated by commas, each once."""
+    try:
+        values = [read(part.strip()) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: is not a value, or values with commas between.", "Correct it.") from None
+    if any(value != value for value in values):
+        raise UserError(f"{option} {text}: is no number.", "Correct it.")
+    return list(dict.fromkeys(values))
 
 
 def _make_folder(out: Path) -> None:

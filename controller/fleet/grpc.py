@@ -15,7 +15,9 @@ import grpc
 import stamina
 
 from common.clock import Clock
+from common.errors import UserError
 from common.logs import get_logger
+from common.tls import ClientTls, channel_credentials, stamps
 from controller.fleet.port import (
     ApplyClocks,
     DrainInstance,
@@ -54,7 +56,11 @@ class AgentClient:
         term: int,
         interval_s: float,
         deadline_s: float,
+        tls: ClientTls | None = None,
+        tls_name: str = "",
     ) -> None:
+        """`tls` counts for addresses that are no unix socket; `tls_name` is what the agent's certificate says where
+        that is not the address's host. Raises UserError when a certificate cannot be read."""
         self.node_id = node_id
         self.address = address
         self._sink = sink
@@ -63,14 +69,40 @@ class AgentClient:
         self._term = term
         self._interval_s = interval_s
         self._deadline_s = deadline_s
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._stub = rpc.NodeAgentStub(self._channel)
+        self._tls = tls if tls is not None and tls.on and not address.startswith("unix:") else None
+        self._tls_name = tls_name
+        self._open()
         self._instances: dict[str, types.Instance] = {}
         self._indices: dict[str, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._watch(loop)) for loop in (self._telemetry, self._watch_instances)]
+
+    def _open(self) -> None:
+        """A channel with the certificates as they are now."""
+        if self._tls is None:
+            self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        else:
+            self._stamps = stamps(self._tls)
+            named = [("grpc.ssl_target_name_override", self._tls_name)] if self._tls_name else []
+            self._channel = grpc.aio.secure_channel(
+                self.address, channel_credentials(self._tls), options=[*_CHANNEL_OPTIONS, *named]
+            )
+        self._stub = rpc.NodeAgentStub(self._channel)
+
+    async def _take_up_renewal(self) -> None:
+        """A connection that broke is made anew with a certificate that was renewed meanwhile."""
+        if self._tls is None or stamps(self._tls) in ((), self._stamps):
+            return
+        before = self._channel
+        try:
+            self._open()
+        except UserError as error:
+            _log.error("certificate_unreadable", node=self.node_id, detail=str(error))
+            return
+        _log.info("certificate_renewed", node=self.node_id)
+        await before.close(grace=self._deadline_s)
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -89,6 +121,7 @@ class AgentClient:
                 if not down:
                     _log.warning("agent_stream_lost", node=self.node_id, code=error.code().name, detail=error.details())
                 down = True
+            await self._take_up_renewal()
             await asyncio.sleep(delay_s)
             delay_s = min(2.0, delay_s * 1.5)
 
@@ -113,7 +146,7 @@ class AgentClient:
         observation = NodeObservation(
             node_id=self.node_id,
             observed_at_s=self._clock.monotonic_s(),
-            gpus=tuple(_gpu(gpu, self._indices.get(gpu.uuid, 0)) for gpu in sample.gpus),
+            gpus=tuple(_gpu(gpu, self._indices.get(gpu.uuid, 0), sample.draining) for gpu in sample.gpus),
             instances=tuple(
                 _instance(instance, live.get(instance.spec.instance_id)) for instance in self._instances.values()
             ),
@@ -208,11 +241,12 @@ def _complaints(results: Any) -> str:
     return "; ".join(f"{result.gpu_uuid}: {pb.ControlCode.Name(result.code)} {result.detail}".strip() for result in bad)
 
 
-def _gpu(gpu: pb.GpuSample, index: int) -> GpuObservation:
+def _gpu(gpu: pb.GpuSample, index: int, draining: bool) -> GpuObservation:
+    """GPUs of a node that is out of service are as good as ill: nothing is placed on them."""
     return GpuObservation(
         uuid=gpu.uuid,
         index=index,
-        healthy=gpu.health == pb.GPU_HEALTH_OK,
+        healthy=gpu.health == pb.GPU_HEALTH_OK and not draining,
         power_w=gpu.power_w if gpu.HasField("power_w") else None,
         energy_j=gpu.energy_j if gpu.HasField("energy_j") else None,
         sm_mhz=gpu.sm_mhz if gpu.HasField("sm_mhz") else None,

@@ -1,8 +1,8 @@
-"""Which class a request belongs to, before it has run: input tokens from the prompt, output bucket by experience.
+"""Which class a request belongs to, before it has run: input tokens from the prompt, output bucket by prediction.
 
-Input: a prompt of token ids is exact; text is estimated from its bytes with a ratio learnt from the engines' own
-counts. Output: the running distribution of finished requests per input bucket, of which routing takes a quantile, so
-that a wrong guess errs towards the pool that can carry more. The server feeds both back (`observe`, `calibrate`).
+Input: a prompt of token ids is exact; text is counted or estimated (tokens.py). Output: a predictor
+(controller/predictor) weighs the output buckets, of which routing takes a quantile, so that a wrong guess errs towards
+the pool that can carry more; when the predictor is unsure, routing takes the longest bucket the request can reach.
 """
 
 from __future__ import annotations
@@ -13,37 +13,50 @@ from dataclasses import dataclass
 from typing import Any
 
 from controller.domain.classes import Bucket, ClassScheme, RequestClass
+from controller.predictor.conditional import PRIOR_REQUESTS, REMEMBERED_REQUESTS, ByInput
+from controller.predictor.port import Features, Predictor
+
+__all__ = ["PRIOR_REQUESTS", "REMEMBERED_REQUESTS", "Classified", "Classifier", "PromptSize", "TokenEstimator"]
 
 BUCKETS = tuple(Bucket)
 # English prose and code in the vocabularies of current models; replaced by what the engines count.
 DEFAULT_BYTES_PER_TOKEN = 4.0
 # What a chat template adds per message (role, separators), about.
 TOKENS_PER_MESSAGE = 4
-# Requests that the prior counts as, spread evenly over the output buckets.
-PRIOR_REQUESTS = 3.0
-# Counts are halved beyond this many, so that the distribution follows a drifting mix.
-REMEMBERED_REQUESTS = 4_000
 
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """`routing` decides the pool; `load` is the class that load reports count the arrival under."""
+    """`routing` decides the pool; `load` is the class that load reports count the arrival under; `likely` the bucket
+    the predictor holds most likely, with its `confidence` in it."""
 
     input_tokens: int
     routing: RequestClass
     load: RequestClass
+    likely: Bucket
+    confidence: float
+    source: str
 
 
 class Classifier:
     """Deterministic: the same requests in the same order are classified alike.
 
-    `quantile`: routing assumes an output at least as long as this share of earlier requests of the input bucket had.
+    `quantile`: routing assumes an output at least as long as this share of requests like it have, by the predictor.
+    `min_confidence`: below it the prediction is not used, and the longest output possible is assumed.
     """
 
-    def __init__(self, scheme: ClassScheme | None = None, quantile: float = 0.8) -> None:
+    def __init__(
+        self,
+        scheme: ClassScheme | None = None,
+        quantile: float = 0.8,
+        predictor: Predictor | None = None,
+        min_confidence: float = 0.0,
+    ) -> None:
         if not 0 < quantile < 1:
             raise ValueError("the quantile must lie between 0 and 1")
         self._quantile = quantile
+        self._min_confidence = min_confidence
+        self._predictor: Predictor = predictor or ByInput()
         self.use_scheme(scheme or ClassScheme())
 
     @property
@@ -53,24 +66,31 @@ class Classifier:
     def use_scheme(self, scheme: ClassScheme) -> None:
         """Takes new cut points; experience under the old ones is worthless and forgotten."""
         self._scheme = scheme
-        prior = PRIOR_REQUESTS / len(BUCKETS)
-        self._seen = {bucket: [prior] * len(BUCKETS) for bucket in BUCKETS}
+        self._predictor.use_scheme(scheme)
         self._owed = {bucket: [0.0] * len(BUCKETS) for bucket in BUCKETS}
 
-    def classify(self, input_tokens: int, output_limit_tokens: int | None = None) -> Classified:
+    def classify(
+        self, input_tokens: int, output_limit_tokens: int | None = None, features: Features | None = None
+    ) -> Classified:
         """`output_limit_tokens` is an upper bound the request states itself (`output_limit`)."""
         row = self._scheme.input_bucket(input_tokens)
         highest = len(BUCKETS) - 1
         if output_limit_tokens is not None:
             highest = self._scheme.output_bucket(output_limit_tokens).rank
-        seen = self._seen[row][: highest + 1]
+        prediction = self._predictor.predict(features or Features(input_tokens))
+        seen = prediction.weights[: highest + 1]
         total = sum(seen)
+        if total <= 0:  # all that the predictor holds possible lies beyond the stated limit
+            seen, total = (0.0,) * highest + (1.0,), 1.0
+        confidence = max(seen) / total
         below, routing = 0.0, highest
         for rank, count in enumerate(seen):
             below += count
             if below >= self._quantile * total:
                 routing = rank
                 break
+        if confidence < self._min_confidence:
+            routing = highest
         # A quantile would report nearly every request as long. Arrivals are dealt out in proportion instead: each
         # bucket is owed its share of every arrival, and the one owed most gets it.
         owed = self._owed[row]
@@ -78,14 +98,18 @@ class Classifier:
             owed[rank] += count / total
         load = max(range(highest + 1), key=lambda rank: owed[rank])
         owed[load] -= 1.0
-        return Classified(input_tokens, RequestClass(row, BUCKETS[routing]), RequestClass(row, BUCKETS[load]))
+        return Classified(
+            input_tokens,
+            RequestClass(row, BUCKETS[routing]),
+            RequestClass(row, BUCKETS[load]),
+            BUCKETS[seen.index(max(seen))],
+            confidence,
+            prediction.source,
+        )
 
-    def observe(self, input_tokens: int, output_tokens: int) -> None:
-        """A request finished with this many tokens."""
-        seen = self._seen[self._scheme.input_bucket(input_tokens)]
-        seen[self._scheme.output_bucket(output_tokens).rank] += 1
-        if sum(seen) > REMEMBERED_REQUESTS:
-            seen[:] = [count / 2 for count in seen]
+    def observe(self, input_tokens: int, output_tokens: int, features: Features | None = None) -> None:
+        """A request finished with this many tokens. `features` as they were at `classify`."""
+        self._predictor.observe(features or Features(input_tokens), output_tokens)
 
 
 class TokenEstimator:

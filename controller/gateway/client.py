@@ -32,6 +32,7 @@ _CHANNEL_OPTIONS = [
 ]
 RETRY_S = (0.2, 2.0)
 REPORT_DEADLINE_S = 2.0
+POWER_INTERVAL_S = 5.0
 
 
 def supersedes(new: RoutingTable, old: RoutingTable | None) -> bool:
@@ -49,7 +50,8 @@ def supersedes(new: RoutingTable, old: RoutingTable | None) -> bool:
 
 
 class ControllerClient:
-    """Keeps `on_table` informed and the controller too. `models` and `queues` are asked at each report."""
+    """Keeps `on_table` informed and the controller too. `models` and `queues` are asked at each report;
+    `on_powers` takes watts by instance."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class ControllerClient:
         on_table: Callable[[RoutingTable], None],
         models: Callable[[], Iterable[str]],
         queues: Callable[[float], Mapping[str, QueueObservation]],
+        on_powers: Callable[[Mapping[str, float], float], None],
     ) -> None:
         self.connected = False
         self.reports_failed = 0
@@ -73,6 +76,7 @@ class ControllerClient:
         self._on_table = on_table
         self._models = models
         self._queues = queues
+        self._on_powers = on_powers
         self._table: RoutingTable | None = None
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = rpc.ControllerStub(self._channel)
@@ -83,6 +87,7 @@ class ControllerClient:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch())
                 group.create_task(self._report())
+                group.create_task(self._follow_power())
         finally:
             await self._channel.close()
 
@@ -139,6 +144,17 @@ class ControllerClient:
                 if not told:
                     _log.warning("load_report_failed", reason=f"{error.code().name}: {error.details()}")
                 told = True
+
+    async def _follow_power(self) -> None:
+        """What each instance draws, now and then. A controller that does not say costs the joules, nothing else."""
+        while True:
+            try:
+                status = await self._stub.GetStatus(pb.GetStatusRequest(), timeout=REPORT_DEADLINE_S)
+                instances = (each for pool in status.pools for each in pool.instances if each.HasField("power_w"))
+                self._on_powers({each.instance_id: each.power_w for each in instances}, self._clock.monotonic_s())
+            except grpc.aio.AioRpcError as error:
+                _log.debug("power_not_known", reason=f"{error.code().name}: {error.details()}")
+            await asyncio.sleep(POWER_INTERVAL_S)
 
     def report(self) -> pb.ReportLoadRequest:
         """All counters as they stand."""

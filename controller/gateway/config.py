@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.config import ConfigModel
 from controller.domain.slo import Slo
@@ -47,14 +47,88 @@ class LimitsConfig(ConfigModel):
 
 
 class ClassifyConfig(ConfigModel):
-    """How output lengths are guessed."""
+    """How prompts are counted and output lengths are guessed."""
 
     output_quantile: float = Field(
         default=0.8,
         gt=0,
         lt=1,
-        description="Route for an output at least as long as this share of the earlier requests of the same input "
-        "bucket had. Higher errs towards pools that can carry more.",
+        description="Route for an output at least as long as this share of the earlier requests like it had. Higher "
+        "errs towards pools that can carry more.",
+    )
+    min_confidence: float = Field(
+        default=0.4,
+        ge=0,
+        le=1,
+        description="A prediction whose likeliest output bucket is less probable than this is not used: the request "
+        "goes to the pool for the longest output it may have.",
+    )
+    predictor: Literal["conditional", "input"] = Field(
+        default="conditional",
+        description="What output lengths are predicted from: earlier requests of the same input bucket, model, route, "
+        "limits and tenant, or of the same input bucket only.",
+    )
+    text_model: str = Field(
+        default="",
+        description="File of `dynamollm predictor train`, which also reads the prompt. Used for as long as it "
+        "predicts better than the above does. Empty: none.",
+    )
+    tokenizers: dict[str, Path] = Field(
+        default={},
+        description="The tokenizer.json of each model, by its name, for counting input tokens. Needs the extra "
+        "`tokenizers`. Models without one are counted by bytes, with a ratio learnt from the engines.",
+    )
+
+
+class AccessConfig(ConfigModel):
+    """Who may send requests."""
+
+    keys_file: str = Field(
+        default="",
+        description="File of API keys, a line `NAME SHA256` each (dynamollm-gateway new-key NAME). The key is not "
+        "passed on to engines then. Empty: anybody may send, and what they authorise with is passed on.",
+    )
+    tenant_header: str = Field(
+        default="",
+        description="Without keys: request header that names the tenant, set by a proxy that you trust. Only used "
+        "to predict output lengths.",
+    )
+
+
+class TlsConfig(ConfigModel):
+    """HTTPS for the API. Both empty: plain HTTP."""
+
+    certificate: str = Field(default="", description="PEM file of the certificate and its chain.")
+    key: str = Field(default="", description="PEM file of its private key.")
+
+    @model_validator(mode="after")
+    def _both(self) -> TlsConfig:
+        if bool(self.certificate) != bool(self.key):
+            raise ValueError("certificate and key belong together")
+        return self
+
+
+class PickerConfig(ConfigModel):
+    """The endpoint picker for Envoy (docs/envoy.md) and the Gateway service for orchestration tools, both over gRPC."""
+
+    listen: str = Field(
+        default="",
+        description="HOST:PORT of the gRPC services, port 0: any. Plain text: keep it on loopback. Empty: off.",
+    )
+    overcommit: float = Field(
+        default=1.5,
+        ge=1,
+        le=10,
+        description="There is no queue in front of Envoy: with all instances full, requests are sent on up to this "
+        "multiple of their limits, to wait inside an engine. Beyond it they get 429. 1: none are.",
+    )
+    alternatives: int = Field(
+        default=2, ge=0, le=5, description="Further instances named to Envoy, for its retries before the first byte."
+    )
+    forget_s: Seconds = Field(
+        default=60.0,
+        description="A request of which nothing was heard for this long has ended unseen (Envoy reports running ones "
+        "every access_log_flush_interval: keep that below a third of this).",
     )
 
 
@@ -85,15 +159,30 @@ class GatewayConfig(ConfigModel):
     listen: str = Field(default="127.0.0.1:8800", description="HOST:PORT of the OpenAI-compatible API; port 0: any.")
     controller: str = Field(default="127.0.0.1:7700", description="gRPC address of the controller.")
     report_interval_s: Seconds = Field(default=1.0, description="How often the load is reported to the controller.")
+    state_dir: str = Field(
+        default="",
+        description="Folder for the last routing table, which a gateway that starts without its controller serves by. "
+        "Empty: none is kept.",
+    )
     limits: LimitsConfig = LimitsConfig()
     classify: ClassifyConfig = ClassifyConfig()
     slo: SloConfig = SloConfig()
+    access: AccessConfig = AccessConfig()
+    tls: TlsConfig = TlsConfig()
+    picker: PickerConfig = PickerConfig()
     log: LogConfig = LogConfig()
 
     @field_validator("listen")
     @classmethod
     def _listen(cls, value: str) -> str:
         split_address(value)
+        return value
+
+    @field_validator("picker")
+    @classmethod
+    def _picker(cls, value: PickerConfig) -> PickerConfig:
+        if value.listen:
+            split_address(value.listen)
         return value
 
     @field_validator("controller")

@@ -36,6 +36,7 @@ class QueuedRequest:
     model: str
     request_class: RequestClass
     deadline_s: float
+    prompt_tokens: int = 0  # weigh on the instance that reads them, until its first token
 
 
 @dataclass(slots=True)
@@ -45,6 +46,7 @@ class _Entry:
     order: int  # of arrival: breaks ties between deadlines
     instance_id: str | None = None  # None while it waits
     pool: PoolKey | None = None  # that serves it
+    reading: bool = False  # given to an instance, no token yet
 
 
 class Dispatcher:
@@ -67,6 +69,7 @@ class Dispatcher:
         self._pools: dict[PoolKey, RoutedPool] = {}  # as published, less suspect instances
         self._preferences: dict[ModelClass, tuple[PoolKey, ...]] = {}
         self._in_flight: defaultdict[str, int] = defaultdict(int)
+        self._pending_tokens: defaultdict[str, int] = defaultdict(int)  # prompts without a token yet, by instance
         self._pool_in_flight: defaultdict[PoolKey, int] = defaultdict(int)
         self._suspect_until_s: dict[str, float] = {}
 
@@ -104,12 +107,19 @@ class Dispatcher:
             queue, pool, instance = chosen
             _, _, request_id = heapq.heappop(queue)
             entry = self._entries[request_id]
-            entry.instance_id, entry.pool = instance.instance_id, pool
+            entry.instance_id, entry.pool, entry.reading = instance.instance_id, pool, True
             self._waiting -= 1
+            self._pending_tokens[instance.instance_id] += entry.request.prompt_tokens
             self._in_flight[instance.instance_id] += 1
             self._pool_in_flight[pool] += 1
             given.append((entry.request, instance))
         return given
+
+    def first_token(self, request_id: str) -> None:
+        """The prompt is read: it weighs on its instance no longer. No error when the request is not in flight."""
+        entry = self._entries.get(request_id)
+        if entry is not None:
+            self._read(entry)
 
     def complete(self, request_id: str) -> None:
         """The answer is finished, or failed for good. KeyError for a request that is not in flight."""
@@ -198,11 +208,19 @@ class Dispatcher:
     def _release(self, entry: _Entry) -> None:
         if entry.instance_id is None or entry.pool is None:
             return
+        self._read(entry)
         self._in_flight[entry.instance_id] -= 1
         if not self._in_flight[entry.instance_id]:
             del self._in_flight[entry.instance_id]
         self._pool_in_flight[entry.pool] -= 1
         entry.instance_id = entry.pool = None
+
+    def _read(self, entry: _Entry) -> None:
+        if entry.reading and entry.instance_id is not None:
+            entry.reading = False
+            self._pending_tokens[entry.instance_id] -= entry.request.prompt_tokens
+            if not self._pending_tokens[entry.instance_id]:
+                del self._pending_tokens[entry.instance_id]
 
     def _next(self, full: set[PoolKey]) -> tuple[list[tuple[float, int, str]], PoolKey, RoutedInstance] | None:
         """The waiting request of the earliest deadline that some pool can take. `full` remembers pools without room
@@ -229,7 +247,7 @@ class Dispatcher:
     def _room(self, pool: PoolKey, full: set[PoolKey]) -> RoutedInstance | None:
         if pool in full:
             return None
-        instance = pick(self._pools[pool], self._in_flight)
+        instance = pick(self._pools[pool], self._in_flight, self._pending_tokens)
         if instance is None:
             full.add(pool)
         return instance

@@ -7,10 +7,7 @@ layers as possible. Nothing here logs a prompt or an answer.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Iterator
-from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -21,35 +18,45 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.http1 import Headers
-from controller.gateway.classify import output_limit, prompt_size
+from controller.gateway.access import Access
+from controller.gateway.asked import GENERATING, read_request
 from controller.gateway.config import LimitsConfig
-from controller.gateway.relay import Inbound, Refusal, Relay, error_body
+from controller.gateway.refusal import Refusal, error_body
+from controller.gateway.relay import Inbound, Relay
 
-GENERATING = ("/v1/completions", "/v1/chat/completions")
 # What an engine may need of the client's headers; everything else ends here.
 FORWARDED_HEADERS = frozenset({b"authorization", b"x-request-id", b"accept", b"user-agent", b"traceparent"})
+# A client that sets it to 1 gets the joules of a streamed answer as a comment at its end.
+ENERGY_WANTED = b"x-dynamollm-report-joules"
 
 
-def make_app(relay: Relay, limits: LimitsConfig, registry: CollectorRegistry) -> ASGIApp:
+def make_app(
+    relay: Relay, limits: LimitsConfig, registry: CollectorRegistry, access: Access, tenant_header: str = ""
+) -> ASGIApp:
     """The whole API as one ASGI application."""
     started_s = int(time.time())
 
     async def health(_: Request) -> Response:
         """200 once there is an instance to send to, so that a load balancer may rely on it."""
-        table = relay.dispatcher.table
+        table = relay.brain.dispatcher.table
         ready = sum(i.accepts_new for pool in table.pools for i in pool.instances) if table else 0
         body = {
             "status": "ok" if ready else "waiting for instances",
             "instances": ready,
-            "waiting": relay.dispatcher.waiting,
+            "waiting": relay.brain.dispatcher.waiting,
             "routing_term": table.term if table else None,
             "routing_version": table.version if table else None,
         }
         return JSONResponse(body, status_code=200 if ready else 503)
 
-    async def models(_: Request) -> Response:
+    async def models(request: Request) -> Response:
+        try:
+            access.tenant(request.headers.get("authorization", ""))
+        except Refusal as refusal:
+            return Response(refusal.body(), refusal.status, media_type="application/json")
         data = [
-            {"id": name, "object": "model", "created": started_s, "owned_by": "dynamollm"} for name in relay.models()
+            {"id": name, "object": "model", "created": started_s, "owned_by": "dynamollm"}
+            for name in relay.brain.models()
         ]
         return JSONResponse({"object": "list", "data": data})
 
@@ -60,7 +67,7 @@ def make_app(relay: Relay, limits: LimitsConfig, registry: CollectorRegistry) ->
         routes=[Route("/health", health), Route("/v1/models", models), Route("/metrics", metrics)],
         exception_handlers={404: _http_error, 405: _http_error},
     )
-    generate = Generate(relay, limits)
+    generate = Generate(relay, limits, access, tenant_header)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] in GENERATING:
@@ -83,16 +90,22 @@ async def _http_error(request: Request, error: Exception) -> Response:
 class Generate:
     """/v1/completions and /v1/chat/completions."""
 
-    def __init__(self, relay: Relay, limits: LimitsConfig) -> None:
+    def __init__(self, relay: Relay, limits: LimitsConfig, access: Access, tenant_header: str) -> None:
         self._relay = relay
         self._limits = limits
+        self._access = access
+        self._tenant_header = tenant_header.lower().encode()
+        # With keys of our own, what a client authorises with is not the engines' to see.
+        self._forwarded = FORWARDED_HEADERS - {b"authorization"} if access.checks else FORWARDED_HEADERS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = _AsgiClient(send)
         try:
             if scope["method"] != "POST":
                 raise Refusal(405, "method_not_allowed", f"{scope['path']} takes POST only.")
-            inbound = self._check(scope, await self._read_body(receive))
+            # Before the body is read: whoever may not send need not be listened to.
+            tenant = self._tenant(scope["headers"])
+            inbound = self._check(scope, await self._read_body(receive), tenant)
             await self._serve(inbound, client, receive)
         except Refusal as refusal:
             await client.refuse(refusal)
@@ -136,51 +149,22 @@ class Generate:
                 408, "request_timeout", f"The request body did not arrive within {self._limits.body_s:g} s."
             ) from None
 
-    def _check(self, scope: Scope, body: bytes) -> Inbound:
-        """Only what the gateway itself needs to understand; the rest is the engine's to judge."""
-        try:
-            parsed: Any = json.loads(body)
-        except (ValueError, RecursionError):
-            raise Refusal(400, "invalid_json", "The request body is not valid JSON.") from None
-        if not isinstance(parsed, dict):
-            raise Refusal(400, "invalid_json", "The request body must be a JSON object.")
-        model = self._model(parsed.get("model"))
-        chat = scope["path"].endswith("/chat/completions")
-        wanted = "messages" if chat else "prompt"
-        if wanted not in parsed:
-            raise Refusal(400, "missing_field", f"{wanted} is required.", param=wanted)
-        try:
-            prompt = prompt_size({wanted: parsed[wanted]})
-            limit = output_limit(parsed)
-        except (ValueError, RecursionError) as error:
-            raise Refusal(400, "invalid_value", f"{str(error) or 'The prompt is nested too deeply'}.") from None
-        stream = parsed.get("stream") or False
-        if not isinstance(stream, bool):
-            raise Refusal(400, "invalid_value", "stream must be true or false.", param="stream")
-        options = parsed.get("stream_options")
-        usage_wanted = isinstance(options, dict) and options.get("include_usage") is True
-        headers = (("content-type", "application/json"), *_forwarded(scope["headers"]))
-        return Inbound(scope["path"], model, prompt, limit, stream, usage_wanted, headers, body)
+    def _tenant(self, headers: Headers) -> str:
+        found = dict(headers)
+        authorization = found.get(b"authorization", b"").decode("latin-1")
+        return self._access.tenant(authorization, found.get(self._tenant_header, b"").decode("latin-1"))
 
-    def _model(self, name: object) -> str:
-        served = self._relay.models()
-        if name is None and len(served) == 1:
-            return served[0]
-        if not isinstance(name, str) or not name:
-            raise Refusal(400, "missing_field", "model is required.", param="model")
-        if served and name not in served:
-            message = f"The model {name[:100]!r} is not served here; served: {', '.join(served)}."
-            raise Refusal(404, "model_not_found", message, param="model")
-        return name
+    def _check(self, scope: Scope, body: bytes, tenant: str) -> Inbound:
+        asked = read_request(scope["path"], body, self._relay.brain.models(), tenant)
+        passed = ((name, value) for name, value in scope["headers"] if name in self._forwarded)
+        headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in passed)
+        energy_wanted = (ENERGY_WANTED, b"1") in scope["headers"]
+        return Inbound(asked, (("content-type", "application/json"), *headers), body, energy_wanted)
 
 
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _forwarded(headers: Headers) -> Iterator[tuple[str, str]]:
-    return ((name.decode("latin-1"), value.decode("latin-1")) for name, value in headers if name in FORWARDED_HEADERS)
 
 
 class _ClientLeft(Exception):
@@ -206,11 +190,13 @@ class _AsgiClient:
         await self._send({"type": "http.response.body", "body": data})
 
     async def refuse(self, refusal: Refusal) -> None:
-        body = error_body(refusal.status, refusal.code, refusal.message, refusal.param)
+        body = refusal.body()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         if refusal.retry_after_s is not None:
             headers.append((b"retry-after", str(refusal.retry_after_s).encode()))
-        if refusal.status in (408, 413):
+        if refusal.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        if refusal.status in (401, 408, 413):
             headers.append((b"connection", b"close"))  # the rest of the body is not wanted
         await self.begin(refusal.status, headers)
         await self.end(body)

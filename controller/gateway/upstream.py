@@ -27,32 +27,18 @@ class UpstreamFailed(Exception):
     """An engine did not give a complete answer; the text says why."""
 
 
-class Answer:
-    """A Sink to await on. `events` counts server-sent events, of which token gaps are taken."""
+class EventMeter:
+    """Times the server-sent events of an answer as its bytes pass. `events` counts them, token gaps lie between."""
 
-    def __init__(self, connection: Connection, now_s: Callable[[], float]) -> None:
-        self.status = 0
-        self.headers: Headers = []
+    def __init__(self, now_s: Callable[[], float]) -> None:
         self.events = 0
         self.first_event_s = self.last_event_s = self.touched_s = now_s()
         self.gaps_s: list[float] = []
-        self.connection = connection
         self._now_s = now_s
-        self._pieces: list[bytes] = []
-        self._buffered = 0
-        self._paused = False
-        self._ended = False
-        self.aborted = False
-        self._error: str | None = None
-        self._wake: asyncio.Future[None] | None = None
         self._tail = b""
 
-    # --------------------------------------------------------------------------------------------- as a sink
-
-    def head(self, status: int, headers: Headers) -> None:
-        self.status, self.headers = status, headers
-
-    def body(self, data: bytes) -> None:
+    def passed(self, data: bytes) -> None:
+        """Some more of the answer's body."""
         now_s = self.touched_s = self._now_s()
         # An event ends with an empty line, which may be cut in two by the read.
         events = data.count(b"\n\n") + (self._tail.endswith(b"\n") and data.startswith(b"\n"))
@@ -66,6 +52,56 @@ class Answer:
             self.events += events
             self.last_event_s = now_s
         self._tail = data[-TAIL_BYTES:] if len(data) >= TAIL_BYTES else (self._tail + data)[-TAIL_BYTES:]
+
+    def usage(self) -> dict[str, Any] | None:
+        """The usage event of a stream that was asked for one (`stream_options.include_usage`)."""
+        for line in reversed(self._tail.split(b"\n")):
+            if line.startswith(b"data: {") and b'"usage"' in line:
+                try:
+                    usage = json.loads(line.removeprefix(b"data: ")).get("usage")
+                except ValueError:
+                    return None
+                return usage if isinstance(usage, dict) else None
+        return None
+
+    def token_events(self, usage_event: bool) -> int:
+        """Events less the end mark and, where there is one, the usage event."""
+        return self.events - self.ended_with_done - usage_event
+
+    def complaint(self) -> str | None:
+        """Why a stream that ended in good order is still no answer: the engine said so, or left out the end mark."""
+        if any(start in self._tail for start in ERROR_EVENTS):
+            return "the engine sent an error event"
+        return None if self.ended_with_done else "the stream ended without [DONE]"
+
+    @property
+    def ended_with_done(self) -> bool:
+        return self._tail.rstrip().endswith(b"data: [DONE]")
+
+
+class Answer(EventMeter):
+    """A Sink to await on."""
+
+    def __init__(self, connection: Connection, now_s: Callable[[], float]) -> None:
+        super().__init__(now_s)
+        self.status = 0
+        self.headers: Headers = []
+        self.connection = connection
+        self._pieces: list[bytes] = []
+        self._buffered = 0
+        self._paused = False
+        self._ended = False
+        self.aborted = False
+        self._error: str | None = None
+        self._wake: asyncio.Future[None] | None = None
+
+    # --------------------------------------------------------------------------------------------- as a sink
+
+    def head(self, status: int, headers: Headers) -> None:
+        self.status, self.headers = status, headers
+
+    def body(self, data: bytes) -> None:
+        self.passed(data)
         self._pieces.append(data)
         self._buffered += len(data)
         if self._buffered > HIGH_WATER_BYTES and not self._paused:
@@ -130,35 +166,10 @@ class Answer:
     def ended(self) -> bool:
         return self._ended
 
-    def usage(self) -> dict[str, Any] | None:
-        """The usage event of a stream that was asked for one (`stream_options.include_usage`)."""
-        for line in reversed(self._tail.split(b"\n")):
-            if line.startswith(b"data: {") and b'"usage"' in line:
-                try:
-                    usage = json.loads(line.removeprefix(b"data: ")).get("usage")
-                except ValueError:
-                    return None
-                return usage if isinstance(usage, dict) else None
-        return None
-
     @property
     def opens_with_error(self) -> bool:
         """An engine that stops has begun its stream and says so in the first event; asked before anything is read."""
         return bool(self._pieces) and self._pieces[0].startswith(ERROR_EVENTS)
-
-    def token_events(self, usage_event: bool) -> int:
-        """Events less the end mark and, where there is one, the usage event."""
-        return self.events - self.ended_with_done - usage_event
-
-    def complaint(self) -> str | None:
-        """Why a stream that ended in good order is still no answer: the engine said so, or left out the end mark."""
-        if any(start in self._tail for start in ERROR_EVENTS):
-            return "the engine sent an error event"
-        return None if self.ended_with_done else "the stream ended without [DONE]"
-
-    @property
-    def ended_with_done(self) -> bool:
-        return self._tail.rstrip().endswith(b"data: [DONE]")
 
 
 class Upstreams:

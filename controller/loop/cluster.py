@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from controller.domain.decision import Json
 from controller.domain.reasons import Level, Reason
 from controller.fleet.port import Solve
 from controller.loop import pool as pool_manager
@@ -17,7 +18,9 @@ from controller.loop.planning import (
     counts_json,
     demand_by_pool,
     drop_from_layout,
+    expected_by_pool,
     expected_demand,
+    judged_json,
     lay_out,
     margin,
     problem_json,
@@ -52,7 +55,7 @@ def tick(turn: Turn, trigger: str) -> None:
         return
     partitions = state.settings.partitions if state.settings.knobs.pools else state.settings.partitions[:1]
     effect_id = turn.effect_id()
-    problem = build_problem(state, effect_id, demand, partitions, gpus, state.settings.cluster_s)
+    problem = build_problem(state, now, effect_id, demand, partitions, gpus, state.settings.cluster_s)
     inputs = {"demand": demand.json(), "problem": problem_json(problem), "profile": state.profile_checksum}
     state.solving[effect_id] = PendingSolve(Level.CLUSTER, "", trigger, problem, inputs, demand.cold)
     turn.effects.append(Solve(effect_id, problem))
@@ -66,15 +69,22 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
     pools = fallback.pools if fallback else chosen.pools if chosen else ()
     counts = dict(fallback.counts if fallback else chosen.counts if chosen else {})
     demand = demand_by_pool(problem, pools)
-    candidate = price(state.fit, counts, demand, problem.gpus)
+    candidate = price(state.fit, counts, demand, problem.gpus, expected_by_pool(problem, pools))
     present_pools = tuple(state.pools)
     repartition = set(pools) != set(present_pools)
     reason, sentence = Reason.PLAN_KEPT, ""
     accept = not repartition
+    judged: Json | None = None
     if not state.pools:
         accept, reason = True, Reason.COLD_START
     elif repartition:
-        present = price(state.fit, wanted_counts(state), demand_by_pool(problem, present_pools), problem.gpus)
+        present = price(
+            state.fit,
+            wanted_counts(state),
+            demand_by_pool(problem, present_pools),
+            problem.gpus,
+            expected_by_pool(problem, present_pools),
+        )
         verdict = judge(
             present,
             candidate,
@@ -86,6 +96,7 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
             settings=StabiliseSettings(dwell_s=state.settings.min_dwell_s),
         )
         accept, reason, sentence = verdict.accept, verdict.reason, verdict.sentence
+        judged = judged_json(present, candidate, verdict)
         if accept and reason is Reason.FORECAST_CHANGED and not reachable(state, now, counts, demand):
             accept, reason = False, Reason.NO_ROOM_TO_SWITCH
             sentence = "There is no way to it that carries the load."
@@ -125,6 +136,7 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
             "counts": counts_json(counts),
             "grants": dict(sorted(grants.items())),
             "missing": counts_json(placed.missing) if placed else {},
+            "judged": judged,
             "plan": plan_json(state),
         },
         alternatives=tuple(alternatives),

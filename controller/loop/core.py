@@ -18,12 +18,11 @@ from controller.fleet.port import (
     LoadSeen,
     NodeObservation,
     NodeSeen,
-    PublishRouting,
-    Solve,
     Tick,
 )
-from controller.loop import cluster, instance, pool
+from controller.loop import cluster, instance, modes, pool
 from controller.loop.load import LoadBook
+from controller.loop.orders import Order, PlanNow, SetMode
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant, PoolPlan, State, Turn
 from controller.policy.milp.columns import build_columns
@@ -96,11 +95,24 @@ class Core:
             case Tick():
                 if state.mode is not Mode.PAUSED:
                     self._tick(turn, event.level)
-        effects = turn.effects
-        if state.mode is not Mode.ACTIVE:
-            # Advisory decides and records but touches nothing; gateways still need to know what is there.
-            effects = [effect for effect in effects if isinstance(effect, Solve | PublishRouting)]
-            state.acting.clear()
+        return self._step(turn)
+
+    def order(self, now: Instant, order: Order) -> Step:
+        """Takes an order of an operator or of the grid."""
+        turn = Turn(now, self.state)
+        match order:
+            case SetMode():
+                modes.set_mode(turn, order)
+            case PlanNow():
+                if self.state.pools and self.state.mode is not Mode.PAUSED and self.state.may_act(now.monotonic_s):
+                    cluster.tick(turn, order.why)
+                    for name in sorted(self.state.pools):
+                        if self.state.mode_of(name, "") is not Mode.PAUSED:
+                            pool.tick(turn, name, order.why)
+        return self._step(turn)
+
+    def _step(self, turn: Turn) -> Step:
+        effects = modes.allowed(turn.state, turn.effects)
         ids = tuple(effect.effect_id for effect in effects)
         return Step(tuple(replace(decision, effects=ids) for decision in turn.decisions), tuple(effects))
 
@@ -114,7 +126,8 @@ class Core:
             cluster.tick(turn, "tick")
         elif level is Level.POOL:
             for name in sorted(state.pools):
-                pool.tick(turn, name, "tick")
+                if state.mode_of(name, "") is not Mode.PAUSED:
+                    pool.tick(turn, name, "tick")
         if level is Level.INSTANCE:
             if state.pools and self._lost_wanted(turn):
                 cluster.tick(turn, "node_lost")

@@ -13,10 +13,12 @@ from controller.domain.decision import Decision
 from controller.domain.gpu_state import GpuState
 from controller.domain.reasons import Level
 from controller.loop.accounting import EnergyEntry
+from controller.loop.latency import ClassLatency, Histogram
 from controller.loop.load import ClassWindow, LoadWindow
 from controller.loop.state import Instant
 from controller.store.records import DecisionOutcome, LoadRow, Record, SloRow, TelemetryRow, TransitionRow
 
+_NOTHING = Histogram((), (0,))
 _EnergyKey = tuple[str, str, GpuState, str, str]
 
 
@@ -38,6 +40,7 @@ class WindowBook:
     _start_s: float | None = None
     _spent: dict[_EnergyKey, _Spent] = field(default_factory=dict)
     _load: dict[RequestClass, ClassWindow] = field(default_factory=dict)
+    _latency: dict[RequestClass, ClassLatency] = field(default_factory=dict)
 
     def add(self, entry: EnergyEntry) -> None:
         key = (entry.node_id, entry.gpu_uuid, entry.state, entry.pool, entry.instance_id)
@@ -53,6 +56,10 @@ class WindowBook:
             have = self._load.get(request_class)
             self._load[request_class] = counts if have is None else _add(have, counts)
 
+    def add_latency(self, request_class: RequestClass, seen: ClassLatency) -> None:
+        have = self._latency.get(request_class)
+        self._latency[request_class] = seen if have is None else have + seen
+
     def close_due(self, now: Instant, *, force: bool = False) -> list[Record]:
         """Rows of the window that has ended; `force` closes the running one (at shutdown)."""
         if self._start_s is None:
@@ -63,6 +70,7 @@ class WindowBook:
         self._start_s = now.wall_s - now.wall_s % self.window_s
         self._spent = {}
         self._load = {}
+        self._latency = {}
         return rows
 
     def _telemetry_rows(self, start_s: float) -> list[Record]:
@@ -103,7 +111,23 @@ class WindowBook:
             )
             ended = counts.completed + counts.failed
             if ended:
-                rows.append(SloRow(self.term, start_s, self.window_s, self.model, request_class, ended, counts.in_slo))
+                latency = self._latency.get(request_class)
+                ttft, gap = (latency.ttft, latency.gap) if latency else (_NOTHING, _NOTHING)
+                rows.append(
+                    SloRow(
+                        self.term,
+                        start_s,
+                        self.window_s,
+                        self.model,
+                        request_class,
+                        ended,
+                        counts.in_slo,
+                        ttft_p50_ms=ttft.quantile_ms(0.5),
+                        ttft_p99_ms=ttft.quantile_ms(0.99),
+                        token_gap_p50_ms=gap.quantile_ms(0.5),
+                        token_gap_p99_ms=gap.quantile_ms(0.99),
+                    )
+                )
         return rows
 
 
@@ -119,57 +143,93 @@ def _add(a: ClassWindow, b: ClassWindow) -> ClassWindow:
 
 
 @dataclass(slots=True)
-class OutcomeBook:
-    """What happened after each decision of the slow levels, until the next one of the same scope: its outcome.
+class _Open:
+    """A decision whose epoch has not ended."""
 
-    A pool's energy is that of its instances, as its prediction is; the cluster's is that of every GPU.
+    decision: Decision
+    began_s: float  # wall
+    energy_j: float = 0.0
+    ended: int = 0
+    in_slo: int = 0
+    arrived: int = 0
+    latency: ClassLatency | None = None
+
+
+@dataclass(slots=True)
+class OutcomeBook:
+    """What happened after each decision until the next one of the same scope: its outcome.
+
+    A pool's energy is that of its instances, as its prediction is; the cluster's is that of every GPU; an instance's
+    its own. A clock that stays chosen is measured over `instance_epoch_s`.
     """
 
-    _open: dict[tuple[Level, str], Decision] = field(default_factory=dict)
-    _began_s: dict[tuple[Level, str], float] = field(default_factory=dict)
-    _energy_j: dict[tuple[Level, str], float] = field(default_factory=dict)
-    _ended: dict[tuple[Level, str], list[int]] = field(default_factory=dict)  # completed + failed, in SLO, arrived
+    instance_epoch_s: float = 60.0
+    _open: dict[tuple[Level, str], _Open] = field(default_factory=dict)
 
     def add(self, entry: EnergyEntry) -> None:
-        for key in self._open:
-            if key[0] is Level.CLUSTER or key[1] == entry.pool:
-                self._energy_j[key] += entry.energy_j
+        for key in ((Level.CLUSTER, "cluster"), (Level.POOL, entry.pool), (Level.INSTANCE, entry.instance_id)):
+            if key in self._open:
+                self._open[key].energy_j += entry.energy_j
 
     def add_load(self, window: LoadWindow, pool_classes: Mapping[str, frozenset[RequestClass]]) -> None:
-        for key in self._open:
-            classes = None if key[0] is Level.CLUSTER else pool_classes.get(key[1], frozenset())
-            ended = self._ended[key]
+        for key, item in self._open.items():
             for request_class, counts in window.classes.items():
-                if classes is None or request_class in classes:
-                    ended[0] += counts.completed + counts.failed
-                    ended[1] += counts.in_slo
-                    ended[2] += counts.arrived
+                if _concerns(key, request_class, pool_classes):
+                    item.ended += counts.completed + counts.failed
+                    item.in_slo += counts.in_slo
+                    item.arrived += counts.arrived
+
+    def add_latency(
+        self, request_class: RequestClass, seen: ClassLatency, pool_classes: Mapping[str, frozenset[RequestClass]]
+    ) -> None:
+        for key, item in self._open.items():
+            if _concerns(key, request_class, pool_classes):
+                item.latency = seen if item.latency is None else item.latency + seen
 
     def decided(self, decision: Decision, now: Instant) -> list[Record]:
         """Opens a decision and closes the one before it in its scope."""
-        if decision.level is Level.INSTANCE:
-            return []
         key = (decision.level, decision.scope)
-        before = self._open.get(key)
-        closed: list[Record] = []
-        window_s = now.wall_s - self._began_s.get(key, now.wall_s)
-        if before is not None and window_s > 0:
-            ended, in_slo, arrived = self._ended[key]
-            closed.append(
-                DecisionOutcome(
-                    before.term,
-                    before.number,
-                    measured_at_s=now.wall_s,
-                    window_s=window_s,
-                    power_w=self._energy_j[key] / window_s,
-                    energy_j=self._energy_j[key],
-                    load_rps=arrived / window_s,
-                    slo_attainment=in_slo / ended if ended else None,
-                )
-            )
-        self._open[key], self._began_s[key] = decision, now.wall_s
-        self._energy_j[key], self._ended[key] = 0.0, [0, 0, 0]
+        closed = self._close(key, now)
+        self._open[key] = _Open(decision, now.wall_s)
         return closed
+
+    def close_due(self, now: Instant) -> list[Record]:
+        """Closes clocks whose epoch has ended."""
+        due = [
+            key
+            for key, item in self._open.items()
+            if key[0] is Level.INSTANCE and now.wall_s >= item.began_s + self.instance_epoch_s
+        ]
+        return [record for key in due for record in self._close(key, now)]
+
+    def _close(self, key: tuple[Level, str], now: Instant) -> list[Record]:
+        item = self._open.pop(key, None)
+        if item is None or now.wall_s <= item.began_s:
+            return []
+        window_s = now.wall_s - item.began_s
+        whole = key[0] is not Level.INSTANCE  # requests are not told by instance
+        latency = item.latency
+        return [
+            DecisionOutcome(
+                item.decision.term,
+                item.decision.number,
+                measured_at_s=now.wall_s,
+                window_s=window_s,
+                power_w=item.energy_j / window_s,
+                energy_j=item.energy_j,
+                load_rps=item.arrived / window_s if whole else None,
+                slo_attainment=item.in_slo / item.ended if item.ended else None,
+                ttft_p99_ms=latency.ttft.quantile_ms(0.99) if latency else None,
+                token_gap_p99_ms=latency.gap.quantile_ms(0.99) if latency else None,
+            )
+        ]
+
+
+def _concerns(
+    key: tuple[Level, str], request_class: RequestClass, pool_classes: Mapping[str, frozenset[RequestClass]]
+) -> bool:
+    level, scope = key
+    return level is Level.CLUSTER or (level is Level.POOL and request_class in pool_classes.get(scope, frozenset()))
 
 
 @dataclass(slots=True)

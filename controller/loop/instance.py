@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from controller.domain.classes import ALL_CLASSES, ClassGroup, RequestClass
-from controller.domain.reasons import Level, Reason
+from controller.domain.classes import ClassGroup, RequestClass
+from controller.domain.reasons import Level, Mode, Reason
 from controller.fleet.port import (
     ApplyClocks,
     ClockTarget,
@@ -23,10 +23,11 @@ from controller.fleet.port import (
     StartInstance,
     StopInstance,
 )
+from controller.loop import modes, serving
 from controller.loop.planning import drop_from_layout, lay_out, say_counts
 from controller.loop.state import ActingStep, ChosenClock, PoolPlan, Turn, plan_json, rates_json
 from controller.policy.frequency import ClockChoice, InstanceLoad, choose_clock
-from controller.policy.routing import RoutableInstance, pools_for, routed_pools
+from controller.policy.routing import RoutableInstance, routed_pools
 from controller.policy.transition import (
     ActualInstance,
     CapacityModel,
@@ -42,9 +43,11 @@ _WORKING = (InstanceState.READY, InstanceState.DRAINING)
 
 
 def tick(turn: Turn) -> None:
-    """One fast tick: steps, routing, clocks."""
+    """One fast tick: who serves, steps, routing, clocks."""
+    rates = serving.pool_rates(turn, turn.state.settings.load_window_s)
+    serving.choose(turn, rates)
     reconcile(turn)
-    _set_clocks(turn)
+    _set_clocks(turn, rates)
 
 
 # ------------------------------------------------------------------------------------------------ transitions
@@ -55,6 +58,7 @@ def reconcile(turn: Turn) -> None:
     state, now_s = turn.state, turn.now.monotonic_s
     if not state.may_act(now_s):
         return
+    modes.hold_untouched(state)
     actual = _actual(turn)
     rates = state.load.rates_rps(now_s, state.settings.load_window_s)
     transition = next_steps(
@@ -67,7 +71,7 @@ def reconcile(turn: Turn) -> None:
         # harm first: the alternative is to stay on it for ever.
         allow_shortfall=state.layout_forced,
     )
-    if transition.stuck:
+    if transition.stuck and state.mode is Mode.ACTIVE:
         _stand_still(turn, actual)
         return
     if transition.given_up:
@@ -77,6 +81,8 @@ def reconcile(turn: Turn) -> None:
     busy = {(acting.kind, acting.instance_id) for acting in state.acting.values()}
     starting = sum(1 for a in actual if a.state in (InstanceState.STARTING, InstanceState.WARMING))
     for step in transition.steps:
+        if not modes.may_touch(state, step.pool, step.node_id):
+            continue
         if step.kind is StepKind.RELABEL:
             state.routed_as[step.instance_id] = step.pool
         elif step.kind is not StepKind.WAIT and (step.kind.value, step.instance_id) not in busy:
@@ -191,20 +197,20 @@ def _publish(turn: Turn, position: int) -> None:
     state = turn.state
     if not state.pools:
         return
-    serving = [
+    working = [
         RoutableInstance(
             instance.instance_id,
             state.pool_of(instance),
             instance.endpoint,
             instance.tp,
-            accepts_new=instance.state is InstanceState.READY and instance.instance_id not in state.draining,
+            accepts_new=serving.serves(state, instance),
         )
         for _, instance in state.instances().values()
         if instance.state in _WORKING and instance.endpoint
     ]
-    if not serving and state.routing is None:
+    if not working and state.routing is None:
         return  # nothing to route to yet; gateways keep what an earlier controller gave them
-    pools = routed_pools(state.fit, state.settings.model, _groups(turn), tuple(serving))
+    pools = routed_pools(state.fit, state.settings.model, _groups(turn), tuple(working))
     if state.routing is not None and state.routing.pools == pools:
         return
     version = state.routing.version + 1 if state.routing else 1
@@ -215,7 +221,7 @@ def _publish(turn: Turn, position: int) -> None:
 # ----------------------------------------------------------------------------------------------------- clocks
 
 
-def _set_clocks(turn: Turn) -> None:
+def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
     state, now_s = turn.state, turn.now.monotonic_s
     if not state.settings.knobs.clocks:
         return
@@ -223,10 +229,10 @@ def _set_clocks(turn: Turn) -> None:
     if age_s is not None and age_s > state.settings.hold_s:
         _unlock_all(turn)
         return
-    pool_rates = _pool_rates(turn)
     weights: dict[str, float] = {}
     for pool in state.routing.pools if state.routing else ():
         weights[pool.name] = sum(instance.weight for instance in pool.instances if instance.accepts_new)
+    batches = _mean_batches(turn)
     for node in sorted(state.nodes.values(), key=lambda node: node.node_id):
         if state.is_stale(node.node_id, now_s):
             continue  # not decided on, so not renewed: its locks expire
@@ -239,7 +245,9 @@ def _set_clocks(turn: Turn) -> None:
                     release.extend(instance.gpu_uuids)
                 state.clocks.pop(instance.instance_id, None)
                 continue
-            mhz = _choose(turn, instance, pool_rates, weights)
+            if state.mode_of(state.pool_of(instance), node.node_id) is Mode.PAUSED:
+                continue  # not decided on, so not renewed: its lock expires
+            mhz = _choose(turn, instance, pool_rates, weights, batches)
             if mhz is not None:
                 targets.append(ClockTarget(instance.gpu_uuids, mhz))
             elif had is not None and had.mhz is not None:
@@ -280,27 +288,23 @@ def _unlock_all(turn: Turn) -> None:
             state.clocks[instance.instance_id] = ChosenClock(None, Reason.STALE_TELEMETRY, turn.now.monotonic_s)
 
 
-def _pool_rates(turn: Turn) -> dict[str, float] | None:
-    """Equivalent requests/s of each pool now; None when the load is unknown."""
+def _mean_batches(turn: Turn) -> dict[tuple[str, int], float]:
+    """Mean batch of the serving instances by (pool, tp): routing evens them out, so what one of them holds more than
+    the others at this moment says nothing of its next seconds."""
     state, now_s = turn.state, turn.now.monotonic_s
-    window_s = state.settings.load_window_s
-    rates = state.load.rates_rps(now_s, window_s)
-    if rates is None or state.routing is None:
-        return None
-    tokens = state.load.mean_tokens(now_s, max(window_s, 60.0))
-    shares: dict[str, dict[RequestClass, float]] = {}
-    for request_class in ALL_CLASSES:
-        own = pools_for(state.routing.pools, request_class)
-        if own and rates.get(request_class):
-            shares.setdefault(own[0].name, {})[request_class] = rates[request_class]
-    return {
-        pool.name: state.profile.equivalent_rate(pool.name, shares.get(pool.name, {}), tokens)
-        for pool in state.routing.pools
-    }
+    batches: dict[tuple[str, int], list[float]] = {}
+    for node_id, instance in state.instances().values():
+        if serving.serves(state, instance) and instance.running is not None and not state.is_stale(node_id, now_s):
+            batches.setdefault((state.pool_of(instance), instance.tp), []).append(instance.running)
+    return {key: sum(held) / len(held) for key, held in batches.items()}
 
 
 def _choose(
-    turn: Turn, instance: InstanceObservation, pool_rates: Mapping[str, float] | None, weights: Mapping[str, float]
+    turn: Turn,
+    instance: InstanceObservation,
+    pool_rates: Mapping[str, float] | None,
+    weights: Mapping[str, float],
+    batches: Mapping[tuple[str, int], float],
 ) -> int | None:
     """The clock for one instance, None for unlocked; records a decision when it changes."""
     state, now_s = turn.state, turn.now.monotonic_s
@@ -318,9 +322,15 @@ def _choose(
             0.0,
         )
         rate = pool_rates[pool] * weight / weights[pool] if weights.get(pool) else 0.0
-    load = InstanceLoad(rate, instance.running, instance.waiting, instance.kv_usage_ratio)
+    running = instance.running
+    if running is not None and serving.serves(state, instance):
+        running = batches.get((pool, instance.tp), running)
+    load = InstanceLoad(rate, running, instance.waiting, instance.kv_usage_ratio)
     full = state.profile.full_mhz
     choice = choose_clock(state.fit, pool, instance.tp, load, (had.mhz or full) if had else None)
+    standby = state.fit.standby(instance.tp)
+    if instance.instance_id in state.standby and standby is not None and not instance.running and not instance.waiting:
+        choice = ClockChoice(standby.mhz, Reason.IDLE, 0.0, standby.power_w, None, ())
     mhz = choice.mhz if choice.mhz < full else None
     if had is None or had.mhz != mhz or had.reason is not choice.reason:
         _record(turn, instance, pool, load, had, choice)

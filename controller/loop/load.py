@@ -65,6 +65,11 @@ class LoadBook:
             self.windows.popleft()
         return window
 
+    @property
+    def last_reports(self) -> Mapping[str, LoadObservation]:
+        """The newest report of each gateway."""
+        return self._last
+
     def age_s(self, now_s: float) -> float | None:
         """Seconds since the newest report of any gateway; None when there never was one."""
         return min((now_s - report.observed_at_s for report in self._last.values()), default=None)

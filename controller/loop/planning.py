@@ -14,10 +14,13 @@ from controller.domain.layout import Layout
 from controller.fleet.port import HOLDS_GPUS, InstanceState
 from controller.loop.state import Instant, State
 from controller.policy.forecast import ForecastSettings, LoadWindow, RateForecast, combine, forecast
+from controller.policy.idle import keep_s
 from controller.policy.milp.problem import PartitionResult, PlanProblem, PlanSolution, PoolDemand
 from controller.policy.placement import HeldInstance, Placed, place
-from controller.policy.stabilise import price, starts_needed
+from controller.policy.stabilise import LayoutPrice, Verdict, price, starts_needed
 
+# A peak of the load is its mean over this long.
+PEAK_S = 60.0
 # Spread assumed around a configured initial load, for which nothing was measured yet.
 _COLD_STD_RATIO = 0.2
 _GONE = frozenset({InstanceState.STOPPED, InstanceState.FAILED, InstanceState.QUARANTINED})
@@ -43,6 +46,14 @@ class Demand:
                 for part in self.parts.get(request_class, ())
             ],
             quantile,
+        )
+
+    def expected_rps(self, state: State, pool: str) -> float:
+        """Equivalent requests/s of a pool's own classes now, without trend and margins."""
+        return sum(
+            state.profile.request_weight(pool, request_class, self.mean_tokens.get(request_class)) * part.level_rps
+            for request_class in sorted(state.profile.group(pool).classes)
+            for part in self.parts.get(request_class, ())
         )
 
     def mean_rps(self) -> dict[RequestClass, float]:
@@ -108,6 +119,7 @@ def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | No
 
 def build_problem(
     state: State,
+    now: Instant,
     problem_id: str,
     demand: Demand,
     partitions: Iterable[tuple[str, ...]],
@@ -117,24 +129,14 @@ def build_problem(
     """The MILP over `gpus` for each partition; pools ask for the forecast at the quantile, divided by the fill."""
     settings = state.settings
     partitions = tuple(partitions)
-    demands = tuple(
-        tuple(
-            PoolDemand(
-                pool,
-                demand.pool_rps(state, pool, settings.quantile) / settings.fill,
-                settings.fixed.get(pool, settings.min_instances),
-            )
-            for pool in pools
-        )
-        for pools in partitions
-    )
+    demands = tuple(tuple(_pool_demand(state, now, demand, pool) for pool in pools) for pools in partitions)
     named = {pool for pools in partitions for pool in pools}
     current = {key: n for key, n in state.layout.counts().items() if key[0] in named}
     # Where the present layout is too small, what it has must not first make room for what would be better.
     carries = all(
-        price(state.fit, current, {demand.pool: demand.rate_rps for demand in asked}, gpus).carries
+        price(state.fit, current, {asking.pool: asking.rate_rps for asking in asked}, gpus).carries
         for asked in demands
-        if {demand.pool for demand in asked} <= {pool for pool, _ in current}
+        if {asking.pool for asking in asked} <= {pool for pool, _ in current}
     )
     return PlanProblem(
         problem_id=problem_id,
@@ -150,6 +152,48 @@ def build_problem(
     )
 
 
+def _pool_demand(state: State, now: Instant, demand: Demand, pool: str) -> PoolDemand:
+    """What a pool must be able to carry, and what it is expected to.
+
+    With standby the peak of the recent past counts too: an instance that was needed then is kept for as long as that
+    is cheaper than another start.
+    """
+    settings = state.settings
+    rate_rps = demand.pool_rps(state, pool, settings.quantile)
+    least = settings.fixed.get(pool, settings.min_instances)
+    if not settings.knobs.standby:
+        return PoolDemand(pool, rate_rps / settings.fill, least)
+    tp = max(state.profile.tps, key=lambda tp: state.fit.max_rate_rps(pool, tp) / tp)
+    peak_rps = _peak_rps(state, now, pool, demand.mean_tokens, keep_s(state.fit, pool, tp, state.start_j(tp)))
+    return PoolDemand(
+        pool,
+        max(rate_rps, peak_rps) / settings.fill,
+        least,
+        demand.expected_rps(state, pool) / settings.serve_fill,
+    )
+
+
+def _peak_rps(
+    state: State, now: Instant, pool: str, mean_tokens: Mapping[RequestClass, tuple[float, float]], past_s: float
+) -> float:
+    """Largest minute mean of a pool's equivalent requests/s in the recent past."""
+    weights = {
+        request_class: state.profile.request_weight(pool, request_class, mean_tokens.get(request_class))
+        for request_class in state.profile.group(pool).classes
+    }
+    minutes: dict[int, float] = {}
+    for windows in state.load.by_gateway(now.monotonic_s, past_s).values():
+        counted: dict[int, list[float]] = {}
+        for window in windows:
+            minute = counted.setdefault(int((now.monotonic_s - window.end_s) // PEAK_S), [0.0, 0.0])
+            minute[0] += sum(weights[c] * counts.arrived for c, counts in window.classes.items() if c in weights)
+            minute[1] += window.seconds
+        for number, (arrived, seconds) in counted.items():
+            if seconds >= PEAK_S / 2:  # of less a mean says little
+                minutes[number] = minutes.get(number, 0.0) + arrived / seconds
+    return max(minutes.values(), default=0.0)
+
+
 def demand_by_pool(problem: PlanProblem, pools: Iterable[str]) -> dict[str, float]:
     """Equivalent requests/s that the problem asks of each of the named pools."""
     wanted = set(pools)
@@ -161,6 +205,19 @@ def demand_by_pool(problem: PlanProblem, pools: Iterable[str]) -> dict[str, floa
     }
 
 
+def expected_by_pool(problem: PlanProblem, pools: Iterable[str]) -> dict[str, float] | None:
+    """What the named pools are expected to carry; None where nothing stands by, and all demand is priced."""
+    wanted = set(pools)
+    found = {
+        demand.pool: demand.expected_rps
+        for partition in problem.partitions
+        for demand in partition
+        if demand.pool in wanted
+    }
+    expected = {pool: rate for pool, rate in found.items() if rate is not None}
+    return expected if len(expected) == len(found) and found else None
+
+
 def problem_json(problem: PlanProblem) -> Json:
     """The problem as a decision's input. Columns follow from the profile and settings and are not repeated."""
     return {
@@ -168,7 +225,10 @@ def problem_json(problem: PlanProblem) -> Json:
         "horizon_s": problem.horizon_s,
         "parked_w": problem.parked_w,
         "partitions": [
-            {demand.pool: [round(demand.rate_rps, 6), demand.min_instances] for demand in partition}
+            {
+                demand.pool: [round(demand.rate_rps, 6), demand.min_instances, round(demand.priced_rps, 6)]
+                for demand in partition
+            }
             for partition in problem.partitions
         ],
         "current": counts_json(problem.current),
@@ -187,6 +247,18 @@ def result_json(result: PartitionResult) -> Json:
         "bound_w": round(result.bound_w, 3),
         "counts": counts_json(result.counts),
         "reason": result.reason,
+    }
+
+
+def judged_json(present: LayoutPrice, candidate: LayoutPrice, verdict: Verdict | None) -> Json:
+    """How a change was weighed, for the record of the decision."""
+    finite = present.load_ratio < float("inf")
+    return {
+        "present_w": round(present.power_w, 3),
+        "candidate_w": round(candidate.power_w, 3),
+        "present_load_ratio": round(present.load_ratio, 6) if finite else None,
+        "saving_low_j": round(verdict.saving_low_j, 3) if verdict else None,
+        "cost_high_j": round(verdict.cost_high_j, 3) if verdict else None,
     }
 
 

@@ -15,7 +15,9 @@ from controller.loop.planning import (
     build_problem,
     counts_json,
     demand_by_pool,
+    expected_by_pool,
     expected_demand,
+    judged_json,
     lay_out,
     margin,
     problem_json,
@@ -42,7 +44,9 @@ def tick(turn: Turn, pool: str, trigger: str) -> None:
     if demand is None:
         return  # the cluster manager says so in its own decision
     effect_id = turn.effect_id()
-    problem = build_problem(state, effect_id, demand, ((pool,),), state.pools[pool].granted_gpus, state.settings.pool_s)
+    problem = build_problem(
+        state, now, effect_id, demand, ((pool,),), state.pools[pool].granted_gpus, state.settings.pool_s
+    )
     inputs = {"demand": demand.json(), "problem": problem_json(problem), "profile": state.profile_checksum}
     state.solving[effect_id] = PendingSolve(Level.POOL, pool, trigger, problem, inputs, demand.cold)
     turn.effects.append(Solve(effect_id, problem))
@@ -57,10 +61,10 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
     chosen = solution.chosen
     fallback = fall_back(problem) if chosen is None else None
     counts = dict(fallback.counts if fallback else chosen.counts if chosen else {})
-    demand = demand_by_pool(problem, [pool])
+    demand, expected = demand_by_pool(problem, [pool]), expected_by_pool(problem, [pool])
     present_counts = {(pool, tp): n for tp, n in plan.counts.items()}
-    present = price(state.fit, present_counts, demand, problem.gpus)
-    candidate = price(state.fit, counts, demand, problem.gpus)
+    present = price(state.fit, present_counts, demand, problem.gpus, expected)
+    candidate = price(state.fit, counts, demand, problem.gpus, expected)
     over_grant = sum(tp * n for (_, tp), n in present_counts.items()) > problem.gpus
     verdict = judge(
         present,
@@ -115,11 +119,12 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
             "accepted": accept,
             "counts": counts_json(counts if accept else present_counts),
             "missing": counts_json(placed.missing) if placed else {},
+            "judged": judged_json(present, candidate, verdict),
             **({"plan": plan_json(state)} if accept else {}),
         },
         alternatives=tuple(alternatives),
         # Of its instances alone: the empty GPUs of a grant belong to nobody.
-        predicted_power_w=_power_w(turn, counts if accept else present_counts, demand),
+        predicted_power_w=_power_w(turn, counts if accept else present_counts, demand, expected),
         predicted_slo_margin=margin((candidate if accept else present).load_ratio),
         solver=solver_report(solution, len(problem.columns)),
         parent=plan.decided_by,
@@ -127,8 +132,13 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
     return fallback is not None and not fallback.carries and not pending.cold
 
 
-def _power_w(turn: Turn, counts: Mapping[tuple[str, int], int], demand: Mapping[str, float]) -> float:
-    return price(turn.state.fit, counts, demand, sum(tp * n for (_, tp), n in counts.items())).power_w
+def _power_w(
+    turn: Turn,
+    counts: Mapping[tuple[str, int], int],
+    demand: Mapping[str, float],
+    expected: Mapping[str, float] | None,
+) -> float:
+    return price(turn.state.fit, counts, demand, sum(tp * n for (_, tp), n in counts.items()), expected).power_w
 
 
 def _in_cluster(turn: Turn, counts: Mapping[tuple[str, int], int], pool: str) -> dict[tuple[str, int], int]:

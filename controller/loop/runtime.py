@@ -10,8 +10,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from math import floor
+from typing import Any, Protocol
 
 from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MISSED, JobExecutionEvent
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -19,6 +20,7 @@ from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from common.clock import Clock
 from common.logs import get_logger
 from controller.api.routing_hub import RoutingHub
+from controller.domain.classes import RequestClass
 from controller.domain.decision import Decision
 from controller.domain.reasons import Level
 from controller.fleet.grpc import AgentClient
@@ -41,13 +43,15 @@ from controller.fleet.port import (
     Tick,
 )
 from controller.loop.accounting import EnergyBook
-from controller.loop.core import Core
 from controller.loop.history import OutcomeBook, TransitionLog, WindowBook
+from controller.loop.journal import JournaledCore
+from controller.loop.latency import ClassLatency, LatencyBook
 from controller.loop.load import LoadBook
+from controller.loop.orders import CLUSTER_SCOPE, Order, SetMode
 from controller.loop.planning import counts_json, transition_pending
 from controller.loop.state import Instant, State
 from controller.policy.milp.model import solve
-from controller.store.records import ActionKind, ActionRecord, NodeRecord, PlanRecord, Record
+from controller.store.records import ActionKind, ActionRecord, NodeRecord, OrderKind, OrderRecord, PlanRecord, Record
 
 _log = get_logger(__name__)
 
@@ -60,18 +64,36 @@ _KINDS: dict[type[Effect], ActionKind] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Ordered:
+    """An order in the queue; `taken` is told when the core has it."""
+
+    order: Order
+    taken: asyncio.Future[None] | None
+
+
+class Keeper(Protocol):
+    """What tells whether this controller still leads (controller/leading.py)."""
+
+    @property
+    def sure(self) -> bool: ...
+
+    def superseded(self) -> None: ...
+
+
 class Runtime:
     """One controller's loop. `record` must neither block nor raise (controller/store/recorder.py)."""
 
     def __init__(
         self,
-        core: Core,
+        core: JournaledCore,
         agents: dict[str, AgentClient],
         hub: RoutingHub,
         record: Callable[[Record], None],
         clock: Clock,
         telemetry_window_s: float,
         on_decision: Callable[[Decision], None] = lambda _: None,
+        keeper: Keeper | None = None,
     ) -> None:
         settings, term = core.state.settings, core.state.term
         self._core = core
@@ -80,10 +102,13 @@ class Runtime:
         self._record = record
         self._clock = clock
         self._on_decision = on_decision
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._keeper = keeper
+        self._events: asyncio.Queue[Event | _Ordered] = asyncio.Queue()
+        self._orders = 0
         self._windows = WindowBook(term, settings.model, telemetry_window_s)
         self._energy = EnergyBook(core.state.pool_of)
-        self._outcomes = OutcomeBook()
+        self._outcomes = OutcomeBook(max(60.0, settings.instance_s))
+        self._latencies = LatencyBook()
         self._noted: dict[str, int] = {}  # nodes in the history, with the GPUs they had
         self._reports = LoadBook(keep_s=telemetry_window_s)
         self._transitions = TransitionLog(term, settings.model)
@@ -100,7 +125,28 @@ class Runtime:
 
     def sink(self, event: Event) -> None:
         """Takes an observation from within the event loop."""
-        self._events.put_nowait(event)
+        self._events.put_nowait(_coarse(event))
+
+    async def order(
+        self, kind: OrderKind, order: Order, value: str, who: str, why: str, until_s: float | None = None
+    ) -> None:
+        """Keeps who gave an order; returns when the core has taken it."""
+        self._orders += 1
+        scope = order.scope if isinstance(order, SetMode) else CLUSTER_SCOPE
+        now_s = self._clock.wall_s()
+        self._write([OrderRecord(self.state.term, self._orders, now_s, kind, scope, value, who, why, until_s)])
+        _log.info("order", kind=str(kind), scope=scope, value=value, who=who, why=why)
+        taken = asyncio.get_running_loop().create_future()
+        self._events.put_nowait(_Ordered(order, taken))
+        await taken
+
+    def now(self) -> Instant:
+        return self._now()
+
+    def restore(self, orders: Iterable[Order]) -> None:
+        """Gives the core the orders that still hold from before; they are in the history already."""
+        for order in orders:
+            self._events.put_nowait(_Ordered(order, None))
 
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until `stop` is set. Locks are left to their leases: a restart within the TTL keeps the saving."""
@@ -121,6 +167,7 @@ class Runtime:
             await asyncio.gather(*(agent.close() for agent in self._agents.values()))
             self._solvers.shutdown(wait=False, cancel_futures=True)
             self._write(self._windows.close_due(self._now(), force=True))
+            self._core.close_journal(self._now())
 
     def _schedule(self) -> None:
         settings = self.state.settings
@@ -151,9 +198,14 @@ class Runtime:
     async def _work(self) -> None:
         while True:
             event = await self._events.get()
-            self._observe(event)
             before = counts_json(self.state.layout.counts())
-            step = self._core.handle(self._now(), event)
+            if isinstance(event, _Ordered):
+                step = self._core.order(self._now(), event.order)
+                if event.taken is not None and not event.taken.done():
+                    event.taken.set_result(None)
+            else:
+                self._observe(event)
+                step = self._core.handle(self._now(), event)
             for decision in step.decisions:
                 self._take_decision(decision, before)
             for effect in step.effects:
@@ -172,7 +224,17 @@ class Runtime:
                 window = self._reports.add(event.observation)
                 if window is not None:
                     self._windows.add_load(window)
-                    self._outcomes.add_load(window, {n: p.group.classes for n, p in self.state.pools.items()})
+                    self._outcomes.add_load(window, self._pool_classes())
+
+    def latency(self, gateway_id: str, epoch: str, request_class: RequestClass, seen: ClassLatency) -> None:
+        """Takes what a gateway has measured of one class since its start: for the history alone."""
+        fresh = self._latencies.add(gateway_id, epoch, str(request_class), seen)
+        if fresh is not None:
+            self._windows.add_latency(request_class, fresh)
+            self._outcomes.add_latency(request_class, fresh, self._pool_classes())
+
+    def _pool_classes(self) -> dict[str, frozenset[RequestClass]]:
+        return {name: plan.group.classes for name, plan in self.state.pools.items()}
 
     def _note_node(self, seen: NodeObservation) -> None:
         if self._noted.get(seen.node_id) != len(seen.gpus):
@@ -201,11 +263,13 @@ class Runtime:
         if self.state.pools and not transition_pending(self.state):
             self._write(self._transitions.settled(self._now()))
         self._write(self._windows.close_due(self._now()))
+        self._write(self._outcomes.close_due(self._now()))
 
     def _begin(self, effect: Effect) -> None:
         match effect:
             case PublishRouting():
-                self._hub.publish(effect.table)
+                if self._keeper is None or self._keeper.sure:
+                    self._hub.publish(effect.table)
                 self.sink(EffectDone(effect.effect_id, ok=True))
             case Solve():
                 self._spawn(self._solve(effect))
@@ -225,11 +289,14 @@ class Runtime:
     async def _execute(self, effect: NodeEffect) -> None:
         started_at_s, started = self._clock.wall_s(), time.monotonic()
         agent = self._agents.get(effect.node_id)
-        done = (
-            await agent.execute(effect)
-            if agent is not None
-            else EffectDone(effect.effect_id, ok=False, detail=f"no agent {effect.node_id} is configured")
-        )
+        if self._keeper is not None and not self._keeper.sure:
+            done = EffectDone(effect.effect_id, ok=False, detail="not sent: this controller may no longer lead")
+        elif agent is None:
+            done = EffectDone(effect.effect_id, ok=False, detail=f"no agent {effect.node_id} is configured")
+        else:
+            done = await agent.execute(effect)
+        if self._keeper is not None and not done.ok and "no longer the leader" in done.detail:
+            self._keeper.superseded()
         self.sink(done)
         if done.ok and isinstance(effect, ApplyClocks):
             if self._last_asked.get(effect.node_id) == effect.targets:
@@ -244,7 +311,25 @@ class Runtime:
             self._record(record)
 
     def _now(self) -> Instant:
-        return Instant(self._clock.monotonic_s(), self._clock.wall_s())
+        # To the microsecond, as databases keep times: more digits would only fill the journal.
+        return Instant(round(self._clock.monotonic_s(), 6), round(self._clock.wall_s(), 6))
+
+
+def _coarse(event: Event) -> Event:
+    """An observation in numbers no finer than decisions need, so that the journal of a large fleet stays small."""
+    match event:
+        case NodeSeen(seen):
+            instances = tuple(
+                replace(item, kv_usage_ratio=round(item.kv_usage_ratio, 2)) if item.kv_usage_ratio is not None else item
+                for item in seen.instances
+            )
+            # Never later than it was: data must not look fresher than it is.
+            seen_s = floor(seen.observed_at_s * 10) / 10
+            return NodeSeen(replace(seen, observed_at_s=seen_s, instances=instances))
+        case LoadSeen(report):
+            return LoadSeen(replace(report, observed_at_s=round(report.observed_at_s, 3)))
+        case _:
+            return event
 
 
 def _action(term: int, effect: NodeEffect, done: EffectDone, started_at_s: float, duration_s: float) -> ActionRecord:

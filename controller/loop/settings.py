@@ -16,6 +16,7 @@ class Knobs:
     instances: bool = True  # change how many instances run
     sharding: bool = True  # use other tensor parallelism than the widest
     clocks: bool = True  # lock clocks
+    standby: bool = True  # let instances that the load does not need stand by, loaded and without requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class LoopSettings:
     start_s: float = 180.0
     min_dwell_s: float = 60.0
     max_starts_at_once: int = 4
+    # Share of its largest load in SLO that an instance is filled to before one more is taken from standby: what is left
+    # absorbs what comes until the next tick.
+    serve_fill: float = 0.95
+    # The load that decides who stands by is the larger of that over `load_window_s` and over this window.
+    serve_window_s: float = 60.0
     # Window for the load that clocks are chosen for, and the age from which an observation is stale, then lost.
     load_window_s: float = 15.0
     stale_s: float = 15.0

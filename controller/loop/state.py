@@ -16,6 +16,7 @@ from controller.domain.layout import Gpu, Layout, Node
 from controller.domain.reasons import Level, Mode, Reason
 from controller.fleet.port import Effect, InstanceObservation, InstanceState, NodeObservation, RoutingTable
 from controller.loop.load import LoadBook
+from controller.loop.orders import NODE_PREFIX, POOL_PREFIX, most_cautious
 from controller.loop.settings import LoopSettings
 from controller.policy.milp.problem import Column, PlanProblem
 from controller.profile.fit import ProfileFit
@@ -96,12 +97,17 @@ class State:
     # The pool each instance is routed as; a relabel changes it without a restart.
     routed_as: dict[str, str] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)
+    # Ready instances that get no requests: the load does not need them now.
+    standby: set[str] = field(default_factory=set)
+    asked_s: dict[str, float] = field(default_factory=dict)  # by pool: when it was last planned anew between periods
     # The layout was changed because the one before could not carry the demand: it may be reached through a gap.
     layout_forced: bool = False
     failures: dict[str, int] = field(default_factory=dict)
     clocks: dict[str, ChosenClock] = field(default_factory=dict)
     measured_start_s: dict[int, float] = field(default_factory=dict)  # by tp, the longest seen
     routing: RoutingTable | None = None
+    # Modes of pools and nodes that are not active (loop/orders.py names the scopes); the cluster's is `mode`.
+    modes: dict[str, Mode] = field(default_factory=dict)
     sentences: dict[Level, str] = field(default_factory=dict)
     decision_numbers: int = 0
     effect_numbers: int = 0
@@ -145,6 +151,8 @@ class State:
                 if instance.state is InstanceState.QUARANTINED
                 for uuid in instance.gpu_uuids
             }
+            if f"{NODE_PREFIX}{node.node_id}" in self.modes:  # nothing new is begun there
+                bad |= {gpu.uuid for gpu in node.gpus} - {uuid for i in node.instances for uuid in i.gpu_uuids}
             gpus = tuple(
                 Gpu(gpu.uuid, gpu.index, usable=gpu.healthy and gpu.uuid not in bad)
                 for gpu in sorted(node.gpus, key=lambda gpu: gpu.index)
@@ -162,6 +170,23 @@ class State:
     def pool_of(self, instance: InstanceObservation) -> str:
         """The pool that an instance is routed as now: as last relabelled, else as it was started."""
         return self.routed_as.get(instance.instance_id, instance.pool)
+
+    def mode_of(self, pool: str, node_id: str) -> Mode:
+        """The most cautious of the modes that apply."""
+        return most_cautious(
+            self.mode,
+            self.modes.get(f"{POOL_PREFIX}{pool}", Mode.ACTIVE),
+            self.modes.get(f"{NODE_PREFIX}{node_id}", Mode.ACTIVE),
+        )
+
+    def mode_at(self, level: Level, scope: str) -> Mode:
+        """The mode that a decision of this level and scope is made under."""
+        if level is Level.POOL:
+            return self.mode_of(scope, "")
+        if level is Level.INSTANCE and self.modes and scope in (seen := self.instances()):
+            node_id, instance = seen[scope]
+            return self.mode_of(self.pool_of(instance), node_id)
+        return self.mode
 
     def start_s(self, tp: int) -> float:
         """Seconds from a start to the first request: the longest measured here, else the profile's, else assumed."""
@@ -213,7 +238,7 @@ class Turn:
             level=level,
             scope=scope,
             trigger=trigger,
-            mode=state.mode,
+            mode=state.mode_at(level, scope),
             reason=reason,
             sentence=sentence,
             inputs=inputs,

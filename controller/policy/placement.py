@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from controller.domain.layout import Layout, Node, PlannedInstance
@@ -86,8 +87,10 @@ def place(
                     relabelled.append(candidate.instance_id)
             else:
                 started.append(candidate.instance_id)
-        for pool in _interleaved([slots[i] for i in range(len(slots)) if i not in assigned]):
-            spot = _best_spot(groups, tp, pool, taken, _burdens(held, staying, need, taken, tp), chosen)
+        left = _interleaved([slots[i] for i in range(len(slots)) if i not in assigned])
+        spots = _Spots(groups, tp, taken, _Burdens(held, staying, need, taken, tp), chosen) if left else None
+        for pool in left:
+            spot = spots.best(pool) if spots is not None else None
             if spot is None:
                 missing[pool, tp] = missing.get((pool, tp), 0) + 1
                 continue
@@ -187,17 +190,15 @@ def _assign(candidates: list[_Candidate], slots: list[str]) -> dict[int, _Candid
     """Which candidate takes which wanted place (index into `slots`, a pool each): the assignment of least cost."""
     if not candidates or not slots:
         return {}
-    cost = np.zeros((len(candidates), len(slots)))
+    numbers = {pool: number for number, pool in enumerate(dict.fromkeys(slots))}
+    pools = np.array([numbers[pool] for pool in slots])
+    cost = np.empty((len(candidates), len(slots)))
     seen: Counter[tuple[str, str]] = Counter()
     for row, candidate in enumerate(candidates):
         crowd = seen[candidate.pool, candidate.node_id]
         seen[candidate.pool, candidate.node_id] += 1
-        for column, pool in enumerate(slots):
-            cost[row, column] = (
-                (0.0 if candidate.pool == pool else _RELABEL)
-                + (0.0 if candidate.held else _NOT_STARTED)
-                + _CROWDED * crowd
-            )
+        cost[row] = np.where(pools == numbers.get(candidate.pool, -1), 0.0, _RELABEL)
+        cost[row] += (0.0 if candidate.held else _NOT_STARTED) + _CROWDED * crowd
     rows, columns = linear_sum_assignment(cost)
     return {int(column): candidates[int(row)] for row, column in zip(rows, columns, strict=True)}
 
@@ -214,38 +215,98 @@ def _interleaved(pools: list[str]) -> list[str]:
 
 # What one GPU of a spot costs a new instance: 0 free, _FREED held by an instance that leaves (a drain to wait for),
 # _DISPLACED held by one that would else stay (a restart for nothing).
-_FREED = 1.0
-_DISPLACED = 10.0
+_FREED = 1
+_DISPLACED = 10
 
 
-def _burdens(
-    held: tuple[HeldInstance, ...], staying: list[_Candidate], need: Counter[int], taken: set[str], tp: int
-) -> dict[str, float]:
-    """Cost of every GPU that is not simply free, for a new instance of `tp`."""
-    burdens = {uuid: _FREED for instance in held for uuid in instance.gpu_uuids}
-    for narrower in sorted(t for t in need if t < tp):
-        there = [c for c in staying if c.tp == narrower and taken.isdisjoint(c.gpu_uuids)]
-        if len(there) <= need[narrower]:  # none is to leave
-            burdens.update({uuid: _DISPLACED for c in there for uuid in c.gpu_uuids})
-    return burdens
+class _Burdens:
+    """Cost of every GPU that is not simply free, for new instances of `tp`; it follows what they take."""
+
+    def __init__(
+        self, held: tuple[HeldInstance, ...], staying: list[_Candidate], need: Counter[int], taken: set[str], tp: int
+    ) -> None:
+        self._freed = {uuid: _FREED for instance in held for uuid in instance.gpu_uuids}
+        self._need = need
+        self._there = {
+            narrower: {c.gpu_uuids: c for c in staying if c.tp == narrower and taken.isdisjoint(c.gpu_uuids)}
+            for narrower in sorted(need)
+            if narrower < tp
+        }
+        self._owners: dict[str, list[_Candidate]] = {}
+        for candidates in self._there.values():
+            for candidate in candidates.values():
+                for uuid in candidate.gpu_uuids:
+                    self._owners.setdefault(uuid, []).append(candidate)
+
+    def of(self, uuid: str) -> int:
+        displaced = any(self._stays(candidate) for candidate in self._owners.get(uuid, ()))
+        return _DISPLACED if displaced else self._freed.get(uuid, 0)
+
+    def take(self, uuids: tuple[str, ...]) -> list[str]:
+        """Notes that the GPUs are taken; the GPUs whose cost may differ now."""
+        changed: list[str] = []
+        for gone in {c.gpu_uuids: c for uuid in uuids for c in self._owners.get(uuid, ())}.values():
+            there = self._there[gone.tp]
+            if there.pop(gone.gpu_uuids, None) is None:
+                continue
+            changed += gone.gpu_uuids
+            if len(there) == self._need[gone.tp]:  # from here on none of these is one too many
+                changed += [uuid for candidate in there.values() for uuid in candidate.gpu_uuids]
+        return changed
+
+    def _stays(self, candidate: _Candidate) -> bool:
+        """None of its kind is to leave, and nobody has taken its GPUs."""
+        there = self._there[candidate.tp]
+        return candidate.gpu_uuids in there and len(there) <= self._need[candidate.tp]
 
 
-def _best_spot(
-    groups: _Groups,
-    tp: int,
-    pool: str,
-    taken: set[str],
-    burdens: Mapping[str, float],
-    chosen: list[PlannedInstance],
-) -> tuple[str, tuple[str, ...]] | None:
-    """Least burden first, then the node with fewest instances of the pool, then the fullest node."""
-    of_pool = Counter(i.node_id for i in chosen if i.pool == pool)
-    load: Counter[str] = Counter()
-    for instance in chosen:
-        load[instance.node_id] += instance.tp
-    spots = [
-        ((sum(burdens.get(u, 0.0) for u in uuids), of_pool[node_id], -load[node_id], number), (node_id, uuids))
-        for number, (node_id, uuids) in enumerate(groups.of(tp))
-        if taken.isdisjoint(uuids)
-    ]
-    return min(spots)[1] if spots else None
+class _Spots:
+    """Where new instances of `tp` may go. Best is the least burden, then the node with fewest instances of the pool,
+    then the fullest node. Kept as one array per measure, since a large fleet has thousands of spots and of starts."""
+
+    def __init__(
+        self, groups: _Groups, tp: int, taken: set[str], burdens: _Burdens, chosen: list[PlannedInstance]
+    ) -> None:
+        self._spots = groups.of(tp)
+        self._burdens = burdens
+        numbers = {node_id: i for i, node_id in enumerate(dict.fromkeys(node_id for node_id, _ in self._spots))}
+        self._node = np.array([numbers[node_id] for node_id, _ in self._spots], dtype=np.int64)
+        self._spot_of = {uuid: i for i, (_, uuids) in enumerate(self._spots) for uuid in uuids}
+        self._free = np.array([taken.isdisjoint(uuids) for _, uuids in self._spots], dtype=bool)
+        self._burden = np.array([self._sum(uuids) for _, uuids in self._spots], dtype=np.int64)
+        self._load = np.zeros(len(numbers), dtype=np.int64)
+        self._of_pool: dict[str, NDArray[np.int64]] = {}
+        for instance in chosen:
+            if instance.node_id in numbers:
+                self._load[numbers[instance.node_id]] += instance.tp
+                self._count(instance.pool)[numbers[instance.node_id]] += 1
+
+    def best(self, pool: str) -> tuple[str, tuple[str, ...]] | None:
+        """Takes the best spot for one instance of the pool; None when there is none."""
+        best = np.flatnonzero(self._free)
+        if not best.size:
+            return None
+        of_pool = self._count(pool)
+        best = _least(best, self._burden[best])
+        best = _least(best, of_pool[self._node[best]])
+        best = _least(best, -self._load[self._node[best]])
+        node_id, uuids = self._spots[best[0]]
+        node = self._node[best[0]]
+        of_pool[node] += 1
+        self._load[node] += len(uuids)
+        self._free[best[0]] = False
+        for spot in {self._spot_of[u] for u in self._burdens.take(uuids) if u in self._spot_of}:
+            self._burden[spot] = self._sum(self._spots[spot][1])
+        return node_id, uuids
+
+    def _sum(self, uuids: tuple[str, ...]) -> int:
+        return sum(self._burdens.of(uuid) for uuid in uuids)
+
+    def _count(self, pool: str) -> NDArray[np.int64]:
+        """Instances of the pool by node."""
+        return self._of_pool.setdefault(pool, np.zeros_like(self._load))
+
+
+def _least(spots: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
+    least: NDArray[np.int64] = spots[values == values.min()]
+    return least

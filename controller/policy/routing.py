@@ -1,7 +1,7 @@
 """Routing: weights and limits of instances from the profile, and the pick of an instance for one request.
 
 `routed_pools` makes the table that gateways route by; `pick` is what a dispatcher does with it (the gateway and the
-virtual fleet call the same function): filter (ready, room) -> score (weighted in-flight) -> pick, ties by id.
+virtual fleet call the same function): filter (ready, room) -> score (load per weight) -> pick, ties by id.
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ class RoutableInstance:
     accepts_new: bool
 
 
-# In-flight requests that an instance takes beyond the P99 of its batch at the knee: the gateway holds the rest, where
-# it can still go elsewhere.
+# In-flight requests that an instance takes beyond its largest batch in SLO: the gateway holds the rest, where it can
+# still go elsewhere.
 IN_FLIGHT_HEADROOM = 1.25
 # Of an instance that no profile knows: room for one batch of a small kernel size per GPU.
 UNPROFILED_IN_FLIGHT_PER_GPU = 8
+
+
+# Prompt tokens that still wait for their first answer weigh as requests in flight do where both use up the SLO alike:
+# about 5,000 of them (50 us each on a TP8 instance of a 70B model) are the 250 ms of a short prompt's first token, and
+# about 50 requests in the batch are the knee at which the time between tokens ends the capacity.
+PROMPT_TOKENS_PER_REQUEST = 100.0
 
 
 def routed_pools(
@@ -73,13 +79,15 @@ def weight(fit: ProfileFit | None, pool: str, tp: int) -> float:
 
 
 def max_in_flight(fit: ProfileFit | None, pool: str, tp: int) -> int:
-    """Requests that an instance may hold at once, from the P99 of its batch at the largest load in SLO."""
+    """Requests that an instance may hold at once: what it still decodes in time, and no less than the P99 of its batch
+    at its largest load in SLO. Late first tokens end a load too, but sooner in a pool of few instances than of many,
+    and a limit taken from them would throttle the large one."""
     curves = fit.clocks(pool, tp) if fit is not None else ()
     if not curves:
         return UNPROFILED_IN_FLIGHT_PER_GPU * tp
     curve = curves[-1]
     running = curve.running_p99(curve.max_rate_rps) or 0.0
-    return max(1, ceil(running * IN_FLIGHT_HEADROOM))
+    return max(1, ceil(max(running, curve.largest_batch) * IN_FLIGHT_HEADROOM))
 
 
 def pools_for(pools: Iterable[RoutedPool], request_class: RequestClass) -> tuple[RoutedPool, ...]:
@@ -98,28 +106,40 @@ def _size(request_class: RequestClass) -> int:
     return request_class.input.rank + request_class.output.rank
 
 
-def pick(pool: RoutedPool, in_flight: Mapping[str, int]) -> RoutedInstance | None:
-    """The instance with the least in-flight requests per weight that accepts new ones and has room; None when there
-    is none."""
+def pick(
+    pool: RoutedPool, in_flight: Mapping[str, int], pending_tokens: Mapping[str, int] | None = None
+) -> RoutedInstance | None:
+    """The instance with the least load per weight that accepts new requests and has room; None when there is none.
+
+    `pending_tokens`: prompt tokens at each instance of requests that have had no token yet. A prompt behind others
+    waits for them, so an instance that decodes many is a better place than one that has prompts to read.
+    """
     best: RoutedInstance | None = None
     best_score = 0.0
     for instance in pool.instances:
         held = in_flight.get(instance.instance_id, 0)
         if not instance.accepts_new or held >= instance.max_in_flight:
             continue
-        # With this request counted, so that of two empty instances the larger is taken.
-        score = (held + 1) / instance.weight
+        score = load_of(held, (pending_tokens or {}).get(instance.instance_id, 0)) / instance.weight
         if best is None or (score, instance.instance_id) < (best_score, best.instance_id):
             best, best_score = instance, score
     return best
 
 
+def load_of(held: int, pending_tokens: int) -> float:
+    """Load of an instance in requests, with the next one counted, so that of two empty ones the larger is taken."""
+    return held + 1 + pending_tokens / PROMPT_TOKENS_PER_REQUEST
+
+
 def route(
-    pools: Iterable[RoutedPool], request_class: RequestClass, in_flight: Mapping[str, int]
+    pools: Iterable[RoutedPool],
+    request_class: RequestClass,
+    in_flight: Mapping[str, int],
+    pending_tokens: Mapping[str, int] | None = None,
 ) -> tuple[RoutedPool, RoutedInstance] | None:
     """Pool and instance for one request now; None when it must wait."""
     for pool in pools_for(pools, request_class):
-        instance = pick(pool, in_flight)
+        instance = pick(pool, in_flight, pending_tokens)
         if instance is not None:
             return pool, instance
     return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import inf
 
 from controller.domain.reasons import Reason
+from controller.policy.idle import choose_serving, power_at
 from controller.profile.fit import ProfileFit
 
 Counts = Mapping[tuple[str, int], int]
@@ -45,19 +46,32 @@ class Verdict:
     cost_high_j: float
 
 
-def price(fit: ProfileFit, counts: Counts, demand_rps: Mapping[str, float], gpus: int) -> LayoutPrice:
+def price(
+    fit: ProfileFit,
+    counts: Counts,
+    demand_rps: Mapping[str, float],
+    gpus: int,
+    expected_rps: Mapping[str, float] | None = None,
+) -> LayoutPrice:
     """Prices `counts` of instances by (pool, tp) under a demand in equivalent requests/s by pool.
 
     `demand_rps` is by the pools of this layout's own partition, so two partitions are priced each with its own.
-    Instances share their pool's load by capacity, as routing does.
+    Instances share their pool's load by capacity, as routing does. With `expected_rps` only what the demand must be
+    carried with is judged by `demand_rps`; the power is that of the expected load, with whom it does not need on
+    standby.
     """
     capacity: dict[str, float] = {}
     for (pool, tp), n in counts.items():
         capacity[pool] = capacity.get(pool, 0.0) + n * fit.max_rate_rps(pool, tp)
     ratios = {pool: _ratio(rate, capacity.get(pool, 0.0)) for pool, rate in demand_rps.items()}
     power_w = fit.parked_w * max(0, gpus - sum(n * tp for (_, tp), n in counts.items()))
-    for (pool, tp), n in counts.items():
-        power_w += n * _instance_power_w(fit, pool, tp, min(1.0, ratios.get(pool, 0.0)))
+    if expected_rps is None:
+        for (pool, tp), n in counts.items():
+            power_w += n * power_at(fit, pool, tp, min(1.0, ratios.get(pool, 0.0)))
+    else:
+        for pool in sorted({pool for pool, _ in counts}):
+            by_tp = {tp: n for (name, tp), n in counts.items() if name == pool}
+            power_w += choose_serving(fit, pool, by_tp, expected_rps.get(pool, 0.0)).power_w
     worst = max(ratios.values(), default=0.0)
     return LayoutPrice(power_w, worst <= 1.0 + 1e-9, worst)
 
@@ -66,17 +80,6 @@ def _ratio(rate_rps: float, capacity_rps: float) -> float:
     if rate_rps <= 0:
         return 0.0
     return rate_rps / capacity_rps if capacity_rps > 0 else inf
-
-
-def _instance_power_w(fit: ProfileFit, pool: str, tp: int, load_ratio: float) -> float:
-    """Least power over clocks at that share of the instance's capacity. One without any clock in SLO is priced by
-    its heaviest measured load, one that was never measured as parked: nothing is known of it."""
-    curves = fit.clocks(pool, tp)
-    rate = load_ratio * fit.max_rate_rps(pool, tp)
-    powers = [p for c in curves if c.max_rate_rps >= rate and (p := c.power_w(rate)) is not None and c.max_rate_rps > 0]
-    if powers:
-        return min(powers)
-    return curves[-1].powers_w[-1] if curves else fit.parked_w * tp
 
 
 def starts_needed(present: Counts, candidate: Counts) -> dict[int, int]:

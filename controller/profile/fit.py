@@ -17,7 +17,7 @@ from scipy.optimize import isotonic_regression
 
 from controller.domain.classes import Bucket
 from controller.domain.slo import Slo
-from controller.profile.table import OperatingPoint, Profile
+from controller.profile.table import IdlePoint, OperatingPoint, Profile
 
 Floats = NDArray[np.float64]
 
@@ -32,12 +32,14 @@ class OutOfRangeError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Curve:
     """One instance of `tp` GPUs at `mhz` serving `group`. `rates_rps` ascend from 0 (idle); the rest stands beside
-    them. `max_rate_rps` is the largest load in SLO less the safety margin; 0 when not even the lightest is."""
+    them. `max_rate_rps` is the largest load in SLO less the safety margin; 0 when not even the lightest is.
+    `largest_batch`: the batch at which the mean time between tokens leaves the SLO (see `_largest_batch`)."""
 
     group: str
     tp: int
     mhz: int
     max_rate_rps: float
+    largest_batch: float
     rates_rps: tuple[float, ...]
     powers_w: tuple[float, ...]
     runnings: tuple[float, ...]  # mean requests in the batch
@@ -94,6 +96,11 @@ class ProfileFit:
     def idle_power_w(self, tp: int, mhz: int) -> float | None:
         return self.profile.idle_power_w(tp, mhz)
 
+    def standby(self, tp: int) -> IdlePoint | None:
+        """The clock at which a loaded instance that serves nothing draws least; None where that was not measured."""
+        points = [point for point in self.profile.idle if point.tp == tp]
+        return min(points, key=lambda point: (point.power_w, -point.mhz), default=None)
+
     @property
     def parked_w(self) -> float:
         """One GPU without a context."""
@@ -145,12 +152,29 @@ def _curve(profile: Profile, points: Sequence[OperatingPoint], safety_margin: fl
         tp=tp,
         mhz=mhz,
         max_rate_rps=knee * (1.0 - safety_margin),
+        largest_batch=_largest_batch(points, profile.slo),
         rates_rps=tuple(rates),
         powers_w=tuple(powers),
         runnings=tuple(runnings),
         runnings_p99=tuple(runnings_p99),
         ttft_p99_ms={b: tuple(values) for b, values in ttft.items()},
     )
+
+
+# As a share of the largest batch that was measured: so far the line through the measured ones is trusted.
+MOST_BATCH = 4.0
+
+
+def _largest_batch(points: Sequence[OperatingPoint], slo: Slo) -> float:
+    """The batch (P99) at which requests' P99 of time between tokens reaches the SLO, on the line through the lightest
+    and the heaviest measured load. A knee may stand far below it, where first tokens are late before the batch is
+    large: that depends on how many instances share the load, this does not."""
+    light, heavy = points[0], max(points, key=lambda point: point.running_p99)
+    rise_ms = (heavy.tbt_p99_ms - light.tbt_p99_ms) / max(heavy.running_p99 - light.running_p99, 1e-9)
+    if rise_ms <= 0:
+        return heavy.running_p99
+    batch = light.running_p99 + (slo.tbt_ms - light.tbt_p99_ms) / rise_ms
+    return max(1.0, min(batch, MOST_BATCH * heavy.running_p99))
 
 
 def knee_rps(points: Sequence[OperatingPoint], slo: Slo) -> float:

@@ -6,22 +6,30 @@ inserted, spooled to disk as one line, and inserted later.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
-from dataclasses import dataclass
+import zlib
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from controller.domain.decision import Decision, Json, SolverReport, canonical_json
 from controller.domain.layout import Layout, PlannedInstance
 from controller.domain.reasons import Level, Mode, Reason
-from controller.store.models import DecisionModel, DecisionOutcomeModel, NodeModel, PlanModel
+from controller.store.models import DecisionModel, DecisionOutcomeModel, NodeModel, OrderModel, PlanModel
 from controller.store.records import (
     ActionRecord,
     DecisionOutcome,
+    InputFrame,
+    InputSnapshot,
     LoadRow,
     NodeRecord,
+    OrderKind,
+    OrderRecord,
     PlanRecord,
     Record,
+    SavingRow,
     SloRow,
     TelemetryRow,
     TransitionRow,
@@ -174,6 +182,59 @@ def _to_row(record: Record) -> Row:
                     "detail": canonical_json(dict(record.detail)),
                 },
             )
+        case InputFrame():
+            return Row(
+                "input_frames",
+                {
+                    "term": record.term,
+                    "number": record.number,
+                    "began_at": record.began_at_s,
+                    "ended_at": record.ended_at_s,
+                    "events": record.events,
+                    "body": pack("\n".join(record.lines)),
+                },
+            )
+        case InputSnapshot():
+            return Row(
+                "input_snapshots",
+                {
+                    "term": record.term,
+                    "number": record.number,
+                    "taken_at": record.taken_at_s,
+                    "body": pack(record.text()),
+                },
+            )
+        case OrderRecord():
+            return Row(
+                "orders",
+                {
+                    "term": record.term,
+                    "number": record.number,
+                    "ordered_at": record.ordered_at_s,
+                    "kind": record.kind.value,
+                    "scope": record.scope,
+                    "value": record.value,
+                    "until": record.until_s,
+                    "who": record.who,
+                    "why": record.why,
+                },
+            )
+        case SavingRow():
+            values = asdict(record)
+            return Row("saving_days", {**values, "computed_at": values.pop("computed_at_s")})
+
+
+def pack(text: str) -> str:
+    """Text for a column that nobody reads by eye: zlib, in base64, which every database and spool line takes."""
+    return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
+
+
+def unpack(body: str) -> str:
+    """Raises ValueError for what `pack` did not write."""
+    try:
+        return zlib.decompress(base64.b64decode(body, validate=True)).decode()
+    except (binascii.Error, zlib.error) as error:
+        raise ValueError(f"a packed column is damaged: {error}") from None
 
 
 def to_line(row: Row) -> bytes:
@@ -260,6 +321,12 @@ def to_plan(row: PlanModel) -> PlanRecord:
             )
         ),
         pools=_object(row.pools),
+    )
+
+
+def to_order(row: OrderModel) -> OrderRecord:
+    return OrderRecord(
+        row.term, row.number, row.ordered_at, OrderKind(row.kind), row.scope, row.value, row.who, row.why, row.until
     )
 
 

@@ -1,8 +1,8 @@
 """The tables of history as SQLAlchemy models: the target that the migrations must reach.
 
 Times are stored as UTC timestamps for people and are epoch seconds in Python (`UtcSeconds`). Structured values are
-canonical JSON text, byte for byte what a replay compares. Rows are only ever added; `nodes` and `leadership`, which
-tell how things stand, are the exceptions.
+canonical JSON text, byte for byte what a replay compares. Rows are only ever added; `nodes`, `leadership` and
+`saving_days`, which tell how things stand, are the exceptions.
 """
 
 from __future__ import annotations
@@ -238,6 +238,71 @@ class PlanModel(Base):
     planned_at: Mapped[float] = mapped_column(UtcSeconds)
     layout: Mapped[str] = mapped_column(Text)
     pools: Mapped[str] = mapped_column(Text)
+
+
+class InputFrameModel(Base):
+    """What the controller was told, pool tick by pool tick: zlib over lines, in base64."""
+
+    __tablename__ = "input_frames"
+    __table_args__ = (UniqueConstraint("term", "number"), Index(None, "began_at"))
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
+    term: Mapped[int] = mapped_column(BigInteger)
+    number: Mapped[int] = mapped_column(BigInteger)
+    began_at: Mapped[float] = mapped_column(UtcSeconds)
+    ended_at: Mapped[float] = mapped_column(UtcSeconds)
+    events: Mapped[int]
+    body: Mapped[str] = mapped_column(Text)
+
+
+class InputSnapshotModel(Base):
+    """The core's whole state before the frame of the same number: zlib over JSON, in base64."""
+
+    __tablename__ = "input_snapshots"
+    __table_args__ = (UniqueConstraint("term", "number"), Index(None, "taken_at"))
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
+    term: Mapped[int] = mapped_column(BigInteger)
+    number: Mapped[int] = mapped_column(BigInteger)
+    taken_at: Mapped[float] = mapped_column(UtcSeconds)
+    body: Mapped[str] = mapped_column(Text)
+
+
+class OrderModel(Base):
+    """What operators and the grid asked for, and who."""
+
+    __tablename__ = "orders"
+    __table_args__ = (UniqueConstraint("term", "number"), Index(None, "kind", "scope", "ordered_at"))
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
+    term: Mapped[int] = mapped_column(BigInteger)
+    number: Mapped[int] = mapped_column(BigInteger)
+    ordered_at: Mapped[float] = mapped_column(UtcSeconds)
+    kind: Mapped[str] = mapped_column(Name)
+    scope: Mapped[str] = mapped_column(Name)
+    value: Mapped[str] = mapped_column(Name)
+    until: Mapped[float | None] = mapped_column(UtcSeconds)
+    who: Mapped[str] = mapped_column(Name)
+    why: Mapped[str] = mapped_column(Text)
+
+
+class SavingDayModel(Base):
+    """What each day saved, as computed last: one row per day, pool and counterfactual."""
+
+    __tablename__ = "saving_days"
+
+    day: Mapped[str] = mapped_column(Name, primary_key=True)
+    model: Mapped[str] = mapped_column(Name, primary_key=True)
+    pool: Mapped[str] = mapped_column(Name, primary_key=True)
+    against: Mapped[str] = mapped_column(Name, primary_key=True)
+    covered_s: Mapped[float]
+    energy_j: Mapped[float]
+    against_j: Mapped[float]
+    against_low_j: Mapped[float]
+    against_high_j: Mapped[float]
+    usd_per_kwh: Mapped[float]
+    g_per_kwh: Mapped[float]
+    computed_at: Mapped[float] = mapped_column(UtcSeconds)
 
 
 class ProfileModel(Base):

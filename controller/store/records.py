@@ -7,7 +7,7 @@ under, so that a restarted controller's rows never collide with its predecessor'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -174,6 +174,76 @@ class NodeRecord:
     detail: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class InputFrame:
+    """What the core was told between two pool ticks, line by line (controller/loop/journal.py). (term, number) is
+    unique; numbers rise by one within a term, so that a missing frame is noticed."""
+
+    term: int
+    number: int
+    began_at_s: float
+    ended_at_s: float
+    events: int  # that the core was told; those without consequence have no line
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InputSnapshot:
+    """The core's state before the frame of the same term and number. `text` is made where it is written: in the
+    recorder's thread, since it takes longer than a tick may be late."""
+
+    term: int
+    number: int
+    taken_at_s: float
+    text: Callable[[], str]
+
+
+class OrderKind(StrEnum):
+    """What an operator or the grid may ask of the controller."""
+
+    MODE = "mode"
+    POWER_BUDGET = "power_budget"
+    PLAN = "plan"
+
+
+@dataclass(frozen=True, slots=True)
+class OrderRecord:
+    """An order that was taken: who asked for what. (term, number) is unique. `value` is a mode, or watts, or empty;
+    `until_s` the wall time at which it ends by itself."""
+
+    term: int
+    number: int
+    ordered_at_s: float
+    kind: OrderKind
+    scope: str
+    value: str
+    who: str
+    why: str
+    until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SavingRow:
+    """What one day saved against one counterfactual, as computed last. Unique by (day, model, pool, against).
+
+    `energy_j` is measured; `against_j` what the counterfactual would have drawn for the same load, with its 95 %
+    interval; `covered_s` the time of the day for which both are known.
+    """
+
+    day: str  # 2026-03-01, UTC
+    model: str
+    pool: str  # "" for the whole cluster
+    against: str
+    covered_s: float
+    energy_j: float
+    against_j: float
+    against_low_j: float
+    against_high_j: float
+    usd_per_kwh: float
+    g_per_kwh: float
+    computed_at_s: float
+
+
 Record = (
     Decision
     | DecisionOutcome
@@ -184,4 +254,8 @@ Record = (
     | TransitionRow
     | PlanRecord
     | NodeRecord
+    | InputFrame
+    | InputSnapshot
+    | OrderRecord
+    | SavingRow
 )

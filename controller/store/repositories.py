@@ -18,7 +18,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 from controller.domain.decision import Decision
 from controller.domain.gpu_state import GpuState
 from controller.domain.reasons import Level
-from controller.store.codec import Row, to_decision, to_decision_outcome, to_node, to_plan, to_row
+from controller.store.codec import Row, to_decision, to_decision_outcome, to_node, to_order, to_plan, to_row
 from controller.store.engine import StoreUnavailable, first_line, is_unavailable, reading, writing
 from controller.store.models import (
     ActionModel,
@@ -26,11 +26,13 @@ from controller.store.models import (
     DecisionModel,
     DecisionOutcomeModel,
     NodeModel,
+    OrderModel,
     PlanModel,
     ProfileModel,
+    SavingDayModel,
     TelemetryMinuteModel,
 )
-from controller.store.records import ActionKind, DecisionOutcome, NodeRecord, PlanRecord, Record
+from controller.store.records import ActionKind, DecisionOutcome, NodeRecord, OrderKind, OrderRecord, PlanRecord, Record
 
 # ---------------------------------------------------------------------------------------------------- writing
 
@@ -197,6 +199,21 @@ def last_plan(engine: Engine) -> PlanRecord | None:
         return None if row is None else to_plan(row)
 
 
+def last_orders(engine: Engine, kind: OrderKind) -> tuple[OrderRecord, ...]:
+    """The newest order of this kind in each scope, by scope."""
+    row = OrderModel
+    query = select(row).where(row.kind == kind.value).order_by(row.term, row.number)
+    with reading(engine) as session:
+        newest = {found.scope: to_order(found) for found in session.scalars(query)}
+    return tuple(newest[scope] for scope in sorted(newest))
+
+
+def list_orders(engine: Engine, limit: int = 50) -> tuple[OrderRecord, ...]:
+    """Newest first."""
+    with reading(engine) as session:
+        return tuple(map(to_order, session.scalars(select(OrderModel).order_by(OrderModel.id.desc()).limit(limit))))
+
+
 def get_profile(engine: Engine, checksum: str) -> str | None:
     """A profile's text as it was saved."""
     with reading(engine) as session:
@@ -251,7 +268,13 @@ def _insert(connection: Connection, table_name: str, values: list[dict[str, Any]
     table: Table = Base.metadata.tables[table_name]
     on_sqlite = connection.dialect.name == "sqlite"
     insert = sqlite.insert(table) if on_sqlite else postgresql.insert(table)
-    if table_name == NodeModel.__tablename__:
+    if table_name == SavingDayModel.__tablename__:
+        keys = [column.name for column in table.primary_key]
+        renewed = {column.name: insert.excluded[column.name] for column in table.columns if not column.primary_key}
+        statement = insert.on_conflict_do_update(
+            index_elements=keys, set_=renewed, where=insert.excluded.computed_at >= table.c.computed_at
+        )
+    elif table_name == NodeModel.__tablename__:
         new = {column.name: insert.excluded[column.name] for column in table.columns if not column.primary_key}
         statement = insert.on_conflict_do_update(
             index_elements=["node_id"], set_=new, where=insert.excluded.seen_at >= table.c.seen_at

@@ -17,7 +17,10 @@ from simulator.bench.metric import Metric, report
 MODULES = {
     "simulator": "simulator.bench.twin",
     "ledger": "simulator.bench.study",
+    "planner": "simulator.bench.planner",
     "nodeagent": "tests.bench_nodeagent",
+    "gateway": "tests.bench_gateway",
+    "gateway-chaos": "tests.bench_gateway_chaos",
 }
 
 app = typer.Typer(add_completion=False)

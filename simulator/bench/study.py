@@ -10,7 +10,8 @@ from time import perf_counter
 from typing import Any
 
 from simulator.bench.metric import Metric, of_repeats
-from simulator.ledger import ALL_SYSTEMS, Study, run_study
+from simulator.ledger import run_study
+from simulator.study import ALL_SYSTEMS, Study
 from simulator.systems import SYSTEMS
 
 NODES = 12

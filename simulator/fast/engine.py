@@ -79,7 +79,7 @@ def admit(
         slots[instance.tail].next = index
     instance.tail = index
     instance.waiting += 1
-    hold(front, 1)
+    hold(front, 1, slots[index].input, fleet)
     if front.end_s == inf:
         begin(now_s, instance, front, slots, cost, rates, fleet)
     else:
@@ -87,10 +87,12 @@ def admit(
 
 
 @part
-def hold(front: Record, more: int) -> None:
-    """Counts requests in or out, and with them how the instance stands for the next one."""
+def hold(front: Record, more: int, prompt_tokens: int, fleet: Record) -> None:
+    """Counts requests in or out and prompts to be read, and with them how the instance stands for the next request."""
     front.held += more
-    front.score = (front.held + 1) / front.weight if front.held < front.limit else inf
+    front.pending += prompt_tokens
+    load = front.held + 1 + front.pending / fleet.prompt_tokens
+    front.score = load / front.weight if front.held < front.limit else inf
 
 
 @part
@@ -270,6 +272,7 @@ def finish(instance: Record, front: Record, slots: Array, gaps: Array, results: 
                 gaps[gap_bin(end_s - slot.last_token_s), slot.request_class] += 1
             else:
                 slot.first_s = end_s
+                hold(front, 0, -slot.input, fleet)
             slot.generated += 1
             if slot.generated == slot.output:
                 _complete(end_s, index, slot, front, results, fleet)
@@ -345,7 +348,7 @@ def _complete(now_s: float, index: int, slot: Record, front: Record, results: Ar
     result.instance = slot.instance
     result.pool = slot.pool
     result.preempted = min(slot.preemptions, 255)
-    hold(front, -1)
+    hold(front, -1, 0, fleet)
     fleet.in_flight[slot.pool] -= 1
     fleet.live -= 1
     fleet.last_end_s = max(fleet.last_end_s, now_s)

@@ -19,7 +19,7 @@ from controller.domain.classes import ALL_CLASSES, Bucket, ClassScheme, RequestC
 from controller.domain.slo import Slo
 from controller.fleet.port import QueueObservation, RoutedInstance, RoutedPool
 from controller.gateway.classify import PRIOR_REQUESTS, REMEMBERED_REQUESTS
-from controller.policy.routing import pools_for
+from controller.policy.routing import PROMPT_TOKENS_PER_REQUEST, load_of, pools_for
 from simulator.engine import DEFAULT_CHUNK_TOKENS, DEFAULT_MAX_RUNNING
 from simulator.fast import layout
 from simulator.fast.gateway import serve, set_clocks
@@ -52,7 +52,7 @@ MAX_WAITING = 10_000
 QUANTILE = 0.8
 _FIRST_SLOTS = 4096
 _FIRST_ROWS = 16
-_NO_FRONT = (inf, inf, 1.0, 0, 0)
+_NO_FRONT = (inf, inf, 1.0, 0, 0, 0)
 
 
 class ClassRow(NamedTuple):
@@ -130,6 +130,7 @@ class FastEngines:
         fleet["chunk_tokens"], fleet["max_running"] = chunk_tokens, max_running
         fleet["choices"] = choices or 0
         fleet["max_waiting"] = MAX_WAITING
+        fleet["prompt_tokens"] = PROMPT_TOKENS_PER_REQUEST
         fleet["quantile"], fleet["remembered"] = QUANTILE, REMEMBERED_REQUESTS
         fleet["input_cuts"], fleet["output_cuts"] = scheme.input_cuts_tokens, scheme.output_cuts_tokens
         fleet["ttft_ms"] = [slo.ttft_ms(bucket) for bucket in Bucket]
@@ -269,7 +270,7 @@ class FastEngines:
                 front = self._fronts[rows[instance.instance_id]]
                 front["weight"], front["limit"] = instance.weight, instance.max_in_flight
                 room = front["held"] < front["limit"]
-                front["score"] = (front["held"] + 1) / front["weight"] if room else inf
+                front["score"] = load_of(int(front["held"]), int(front["pending"])) / front["weight"] if room else inf
         for number, request_class in enumerate(ALL_CLASSES):
             preference = [self._pools[pool.name] for pool in pools_for(pools, request_class)]
             fleet["preferred"][number] = len(preference)

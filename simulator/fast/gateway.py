@@ -238,7 +238,7 @@ def _pick(
 
 @part
 def _shortest(pool: int, fronts: Array, members: Array, fleet: Record) -> int:
-    """The member with room that holds the least per weight, the first of equals; NONE without one."""
+    """The member with room that is least loaded per weight, the first of equals; NONE without one."""
     best = NONE
     best_score = inf
     for number in range(fleet.members[pool]):

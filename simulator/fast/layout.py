@@ -57,9 +57,10 @@ RATES = np.dtype(
 FRONT = np.dtype(
     [
         ("end_s", "f8"),  # of the run in flight; inf while idle
-        ("score", "f8"),  # the least is routed to: held, with one more, per weight; inf without room
+        ("score", "f8"),  # the least is routed to, its load per weight (controller/policy/routing.py); inf without room
         ("weight", "f8"),
         ("held", "i8"),  # requests routed here that have not finished
+        ("pending", "i8"),  # prompt tokens of those without a first token
         ("limit", "i8"),
     ],
     align=True,
@@ -156,6 +157,7 @@ FLEET = np.dtype(
         ("max_running", "i8"),
         ("choices", "i8"),  # instances drawn for a request; 0: all are looked at
         ("max_waiting", "i8"),
+        ("prompt_tokens", "f8"),  # without a first token yet, that weigh as one request
         ("quantile", "f8"),
         ("remembered", "f8"),
         ("input_cuts", "i8", (2,)),

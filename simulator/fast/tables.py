@@ -7,6 +7,8 @@ and in the attention of its prefill, and the samples fix those slopes.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,41 +31,43 @@ class CostTables:
         self.cost: NDArray[np.float64] = np.zeros((0, chunk_tokens + 1, COST_COLUMNS))
         self.rates: NDArray[np.void] = np.zeros(0, RATES)
         self._rows: dict[tuple[int, int], int] = {}
-        # The floor of a legacy engine is the kernels' business: the tables hold what lies under it.
-        self._modern = Physics(physics.name, physics.parameters, physics.variant, legacy=False)
-        self._floor_s = physics.parameters.legacy_decode_floor_ms / 1e3 if physics.legacy else 0.0
 
     def row(self, tp: int, mhz: int) -> int:
         """The row of one clock; made now where it is new. Raises what `Physics.iteration` raises."""
         row = self._rows.get((tp, mhz))
         if row is None:
-            cost, rates = self._sample(tp, mhz)
+            cost, rates = _sample(self.physics, tp, mhz, self.cost.shape[1] - 1)
             row = self._rows[tp, mhz] = len(self.rates)
             self.cost = np.concatenate((self.cost, cost[np.newaxis]))
             self.rates = np.concatenate((self.rates, rates))
         return row
 
-    def _sample(self, tp: int, mhz: int) -> tuple[NDArray[np.float64], NDArray[np.void]]:
-        physics = self._modern
-        most = self.cost.shape[1] - 1
-        cost = np.zeros((most + 1, COST_COLUMNS))
-        near = np.array([physics.iteration(tp, mhz, 0, 0, [(n, 0)]) for n in range(1, most + 1)])
-        far = np.array([physics.iteration(tp, mhz, 0, 0, [(n, _FAR_TOKENS)]) for n in range(1, most + 1)])
-        near[:, 1] *= near[:, 0]  # watts to joules
-        far[:, 1] *= far[:, 0]
-        tokens = np.arange(1, most + 1)
-        attention_s = float(far[-1, 0] - near[-1, 0]) / (most * _FAR_TOKENS)
-        tensor_w = (far[:, 1] - near[:, 1]) / (far[:, 0] - near[:, 0])
-        own_attention_s = tokens * (tokens / 2) * attention_s
-        cost[1:, BASE_S] = near[:, 0] - own_attention_s
-        cost[1:, BASE_J] = near[:, 1] - own_attention_s * tensor_w
-        cost[1:, TENSOR_W] = tensor_w
-        line = physics.decode_line(tp, mhz, 1, 1)
-        rates = np.zeros(1, RATES)
-        rates["kv_s"] = line.seconds_per_context_token
-        rates["kv_w"] = line.joules_per_context_token / line.seconds_per_context_token
-        rates["sequence_s"] = physics.parameters.sequence_ms / 1e3
-        rates["attention_s"] = attention_s
-        rates["idle_w"] = physics.idle_w(mhz, context=True)
-        rates["floor_s"] = self._floor_s
-        return cost, rates
+
+# Fleets are made anew for every run of a search, thousands of times for the same few clocks.
+@lru_cache(maxsize=256)
+def _sample(physics: Physics, tp: int, mhz: int, most: int) -> tuple[NDArray[np.float64], NDArray[np.void]]:
+    """One row, for up to `most` tokens; whoever gets it must not write to it."""
+    floor_s = physics.parameters.legacy_decode_floor_ms / 1e3 if physics.legacy else 0.0
+    # The floor of a legacy engine is the kernels' business: the tables hold what lies under it.
+    physics = Physics(physics.name, physics.parameters, physics.variant, legacy=False)
+    cost = np.zeros((most + 1, COST_COLUMNS))
+    near = np.array([physics.iteration(tp, mhz, 0, 0, [(n, 0)]) for n in range(1, most + 1)])
+    far = np.array([physics.iteration(tp, mhz, 0, 0, [(n, _FAR_TOKENS)]) for n in range(1, most + 1)])
+    near[:, 1] *= near[:, 0]  # watts to joules
+    far[:, 1] *= far[:, 0]
+    tokens = np.arange(1, most + 1)
+    attention_s = float(far[-1, 0] - near[-1, 0]) / (most * _FAR_TOKENS)
+    tensor_w = (far[:, 1] - near[:, 1]) / (far[:, 0] - near[:, 0])
+    own_attention_s = tokens * (tokens / 2) * attention_s
+    cost[1:, BASE_S] = near[:, 0] - own_attention_s
+    cost[1:, BASE_J] = near[:, 1] - own_attention_s * tensor_w
+    cost[1:, TENSOR_W] = tensor_w
+    line = physics.decode_line(tp, mhz, 1, 1)
+    rates = np.zeros(1, RATES)
+    rates["kv_s"] = line.seconds_per_context_token
+    rates["kv_w"] = line.joules_per_context_token / line.seconds_per_context_token
+    rates["sequence_s"] = physics.parameters.sequence_ms / 1e3
+    rates["attention_s"] = attention_s
+    rates["idle_w"] = physics.idle_w(mhz, context=True)
+    rates["floor_s"] = floor_s
+    return cost, rates

@@ -338,3 +338,23 @@ async def test_prompts_never_reach_the_log() -> None:
         await complete(gateway, prompt=[secret, 5])
     assert gateway.log
     assert secret not in "".join(gateway.log)
+
+
+async def test_joules_are_told_where_the_controller_knows_the_power() -> None:
+    engine = Engine(token_s=0.02)
+    async with system(engine) as (gateway, controller):
+        whole = await complete(gateway, tokens=5)
+        assert "x-dynamollm-joules" not in whole.headers  # unknown is not zero
+        controller.power_w = 1000.0
+        async with asyncio.timeout(15):
+            while "x-dynamollm-joules" not in (whole := await complete(gateway, tokens=5)).headers:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        assert 80 < float(whole.headers["x-dynamollm-joules"]) < 5_000  # a tenth of a second, on a slow machine more
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=30) as client:
+            asked = {"x-dynamollm-report-joules": "1"}
+            streamed = await client.post("/v1/completions", json=post(stream=True), headers=asked)
+            plain = await client.post("/v1/completions", json=post(stream=True))
+        last = streamed.text.rstrip().rpartition("\n\n")[2]
+        assert last.startswith(": dynamollm joules=")
+        assert "joules" not in plain.text
+        assert "dynamollm_gateway_request_joules_total" in await get(gateway, "/metrics")

@@ -1,9 +1,11 @@
-"""`dynamollm simulate` from end to end on a small load: its JSON, its file, bad input, and the number of workers."""
+"""`dynamollm simulate` from end to end on a small load: any number of workers, a Ray cluster, bad input."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,30 +15,8 @@ import simulator.calibration
 import simulator.ledger
 from controller.calibrate.sweep import SweepPlan, SweepSettings
 from controller.cli.main import app
-from simulator.ledger import ALL_SYSTEMS
-
-KEYS = [
-    "energy_off_kwh",
-    "energy_parked_kwh",
-    "wall_kwh",
-    "saved_off",
-    "saved_parked",
-    "attainment",
-    "attainment_by_class",
-    "meets_slo",
-    "ttft_p50_ms",
-    "ttft_p99_ms",
-    "tbt_p99_ms",
-    "gap_p99_ms",
-    "gpu_hours",
-    "peak_gpus",
-    "switches",
-    "carbon_kg",
-    "cost_usd",
-    "requests",
-    "lost",
-]
-TOP = ["u", "k", "k_max", "seed", "profile", "bound_saved_off", "bound_saved_parked"]
+from simulator.study import ALL_SYSTEMS
+from simulator.traces import generate
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +24,22 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> str:
+    """Twelve minutes of chat: the window opens after five."""
+    made = generate("conv", 720.0, 5.0, seed=3)
+    start = datetime(2024, 5, 10, tzinfo=UTC)
+    rows = [f"{start + timedelta(seconds=r.arrival_s)},{r.input_tokens},{r.output_tokens}" for r in made]
+    file = tmp_path_factory.mktemp("trace") / "minutes.csv"
+    file.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    return str(file)
+
+
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """A coarser sweep than the default, so that the test takes seconds; the way through is the same."""
     settings = SweepSettings(gate_requests=300, least_requests=200, curve_requests=150, refinements=2)
-    plan = SweepPlan(clocks_mhz=(1200, 1980), settings=settings)
+    plan = SweepPlan(clocks_mhz=(1200, 1980), tps=(4, 8), settings=settings)
     whole = simulator.calibration.calibrate_twin
     monkeypatch.setattr(
         simulator.ledger, "calibrate_twin", lambda *args, **options: whole(*args, **{**options, "plan": replace(plan)})
@@ -61,27 +52,49 @@ def simulate(cache: Path, *arguments: str) -> tuple[int, str]:
     return result.exit_code, result.stdout
 
 
-def test_the_object_has_every_key_and_does_not_depend_on_the_workers(cache, tmp_path):
-    arguments = ("--trace", "conv", "--systems", "scalefreq,dynamollm,reactive", "--no-bound", "--json")
-    code, text = simulate(cache, *arguments, "--workers", "2", "--out", str(tmp_path))
+def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(cache, trace, tmp_path):
+    arguments = ("--trace", trace, "--systems", "scalefreq,dynamollm,reactive", "--no-bound", "--json")
+    folders = [tmp_path / workers for workers in ("2", "1")]
+    printed = [simulate(cache, *arguments, "--workers", f.name, "--out", str(f)) for f in folders]
+    assert printed[0] == printed[1]
+    code, text = printed[0]
     assert code == 0, text
-    printed = json.loads(text)
-    assert set(TOP) <= printed.keys()
-    assert printed["k"] == pytest.approx(0.6 * printed["k_max"])
-    assert list(printed["systems"]) == ["singlepool", "scalefreq", "dynamollm", "reactive"]
-    for system in printed["systems"].values():
-        assert set(KEYS) <= system.keys()
-        assert "series" not in system
-        assert len(system["per_seed"]) == 2
-    assert printed["systems"]["singlepool"]["saved_off"] == 0
-    assert printed["systems"]["scalefreq"]["saved_off"] > 0
+    assert list(json.loads(text)["systems"]) == ["singlepool", "scalefreq", "dynamollm", "reactive"]
+    for name in ("result.json", "report.html"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
-    written = json.loads((tmp_path / "result.json").read_text())
-    series = written["systems"]["dynamollm"]["series"]
-    columns = [series["minute"], series["requests"], series["power_w"], *series["gpus"].values()]
-    assert {len(column) for column in [*columns, *series["clock_mhz"].values()]} == {len(series["minute"])}
 
-    assert simulate(cache, *arguments, "--workers", "1") == (0, text)
+def test_a_local_ray_cluster_gives_the_same_bytes(cache, trace):
+    pytest.importorskip("ray")
+    arguments = ("--trace", trace, "--systems", "scalefreq", "--no-bound", "--json")
+    here = simulate(cache, *arguments)
+    assert here[0] == 0
+    assert simulate(cache, *arguments, "--ray", "local") == here
+
+
+def test_without_ray_its_option_says_what_to_install(cache, trace, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    result = CliRunner().invoke(app, ["simulate", "--trace", trace, "--cache", str(cache), "--ray", "local"])
+    assert result.exit_code != 0
+    assert "not installed" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--u", "a"], "--u a"),
+        (["--u", "0.6,nan"], "is no number"),
+        (["--pools", "7"], "into 7 pools"),
+        (["--mismatch", "3"], "beyond reason"),
+        (["--columns", "x"], "--columns x"),
+        (["--physics", "none"], "no physics variant"),
+    ],
+)
+def test_bad_options_are_told_before_any_work(cache, trace, arguments, said):
+    result = CliRunner().invoke(app, ["simulate", "--trace", trace, "--cache", str(cache / "unused"), *arguments])
+    assert result.exit_code != 0
+    assert said in str(result.exception)
+    assert not (cache / "unused").exists()
 
 
 def test_bad_input_is_explained():

@@ -10,10 +10,12 @@ import pytest
 from common.errors import UserError
 from controller.domain.classes import ClassScheme
 from controller.domain.slo import Slo
+from simulator.assembly import _verdict
 from simulator.fast.layout import CLASSES, GAP_BINS
-from simulator.ledger import Study, _verdict, read_steps
-from simulator.loads import load_named
+from simulator.loads import load_named, week_shape
 from simulator.outcome import SystemRun, classes_of, energies_kwh, judge, judged_classes, node_off_s
+from simulator.prices import read_steps
+from simulator.study import Study
 from simulator.traces import Trace, scale
 
 SCHEME = ClassScheme()
@@ -138,13 +140,16 @@ def test_built_in_loads_scale_with_k_and_repeat():
     assert len(double) == pytest.approx(2 * len(one), abs=2)
 
 
-def test_a_week_swings_as_published_and_states_its_peak():
-    week = load_named("week-conv")
-    trace = week.at(0.05, 1)
+@pytest.mark.parametrize(("kind", "low", "high"), [("conv", 3.0, 4.0), ("code", 20.0, 45.0)])
+def test_a_week_has_the_published_shape_and_states_its_peak(kind, low, high):
+    week = load_named(f"week-{kind}")
+    trace = week.at(0.2, 1)
     assert np.all(np.diff(trace.arrival_s) >= 0)
     hourly = np.bincount((trace.arrival_s // 3600).astype(int), minlength=168) / 3600
-    assert hourly.max() == pytest.approx(0.05 * week.native_rps, rel=0.1)
-    assert 3.2 < hourly.max() / hourly.min() < 5.5
+    assert hourly.max() == pytest.approx(0.2 * week.native_rps, rel=0.12)
+    assert low < hourly.max() / hourly.min() < high
+    assert hourly[5 * 24 :].mean() < 0.7 * hourly[: 5 * 24].mean()  # the weekend
+    assert np.corrcoef(hourly, week_shape(kind))[0, 1] > 0.98
 
 
 def test_copies_of_a_file_are_those_of_the_ledger(tmp_path):

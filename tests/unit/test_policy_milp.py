@@ -254,7 +254,7 @@ def test_short_of_capacity_it_grows_beside_what_is_there_where_it_can() -> None:
     beside = solve(replace(one_pool, gpus=14, keep_current=True))
     assert anew.chosen is not None
     assert beside.chosen is not None
-    assert beside.chosen.objective_w >= anew.chosen.objective_w
+    assert beside.chosen.objective_w >= anew.chosen.objective_w * (1 - anew.chosen.gap - 1e-9)
     assert sum(n for (_, tp), n in beside.chosen.counts.items() if tp == 4) >= 1
     assert sum(n for (_, tp), n in beside.chosen.counts.items() if tp == 2) >= 1
     no_room = replace(one_pool, gpus=8, partitions=((PoolDemand("all", 7.0),),), current={("all", 4): 1, ("all", 8): 1})

@@ -15,6 +15,7 @@ from sqlalchemy import Engine, inspect, text
 
 from common.errors import UserError
 from controller.store import migrate
+from controller.store.codec import to_row
 from controller.store.engine import open_engine, writing
 from controller.store.leadership import Lead, acquire
 from controller.store.models import Base
@@ -22,7 +23,15 @@ from controller.store.repositories import get_decision, last_plan, write_records
 from tests.store_suite import NOON_S, decision, one_of_each, rows_by_table, sqlite_url
 
 TABLES = set(Base.metadata.tables)
-VIEWS = {"v_decisions", "v_energy_by_pool_hour", "v_load_by_class_hour", "v_slo_by_class_hour", "v_switching_costs"}
+FIRST_VIEWS = {
+    "v_decisions",
+    "v_energy_by_pool_hour",
+    "v_load_by_class_hour",
+    "v_slo_by_class_hour",
+    "v_switching_costs",
+}
+VIEWS = FIRST_VIEWS | {"v_savings_by_day"}
+LATER = {"input_frames", "input_snapshots", "orders", "saving_days"}  # tables that came with 0003
 
 
 @pytest.fixture
@@ -42,14 +51,19 @@ def test_walk_up_down_and_up_again_with_data(empty: Engine) -> None:
     assert migrate.current(empty) is None
 
     assert migrate.upgrade(empty, "0001") == "0001"
-    assert set(inspect(empty).get_table_names()) == TABLES | {"alembic_version"}
+    assert set(inspect(empty).get_table_names()) == (TABLES - LATER) | {"alembic_version"}
     assert inspect(empty).get_view_names() == []
-    assert write_records(empty, one_of_each()) == len(one_of_each())
+    first = [record for record in one_of_each() if to_row(record).table not in LATER]
+    assert write_records(empty, first) == len(first) == len(one_of_each()) - len(LATER)
     lead = acquire(empty, "a", 10.0, NOON_S)
     assert lead == Lead(1, "a", NOON_S + 10)
 
-    assert migrate.upgrade(empty, "0002") == "0002" == migrate.head()
+    assert migrate.upgrade(empty, "0002") == "0002"
+    assert set(inspect(empty).get_view_names()) == FIRST_VIEWS
+    assert migrate.upgrade(empty, "0003") == "0003" == migrate.head()
+    assert set(inspect(empty).get_table_names()) == TABLES | {"alembic_version"}
     assert set(inspect(empty).get_view_names()) == VIEWS
+    assert write_records(empty, one_of_each()) == len(LATER) + 1  # the node is renewed
     with empty.connect() as connection:
         for view in sorted(VIEWS):
             assert len(connection.execute(text(f"SELECT * FROM {view}")).all()) == 1, view
@@ -57,8 +71,8 @@ def test_walk_up_down_and_up_again_with_data(empty: Engine) -> None:
     before = rows_by_table(empty)
     assert migrate.downgrade(empty, "0001") == "0001"
     assert inspect(empty).get_view_names() == []
-    assert migrate.upgrade(empty) == "0002"
-    assert rows_by_table(empty) == before
+    assert migrate.upgrade(empty) == "0003"
+    assert rows_by_table(empty) == {name: 0 if name in LATER else rows for name, rows in before.items()}
     stored, plan = get_decision(empty, 1), last_plan(empty)
     assert stored is not None
     assert stored.decision == decision()
@@ -66,7 +80,7 @@ def test_walk_up_down_and_up_again_with_data(empty: Engine) -> None:
 
     assert migrate.downgrade(empty, "base") == "base"
     assert set(inspect(empty).get_table_names()) <= {"alembic_version"}
-    assert migrate.upgrade(empty) == "0002"
+    assert migrate.upgrade(empty) == "0003"
     assert rows_by_table(empty) == {name: int(name == "leadership") for name in TABLES}
 
 
@@ -118,7 +132,7 @@ def test_a_program_refuses_a_database_without_tables(empty: Engine) -> None:
 
 def test_a_program_refuses_an_older_revision(empty: Engine) -> None:
     migrate.upgrade(empty, "0001")
-    with pytest.raises(UserError, match=r"at revision 0001, this version needs 0002.*dynamollm db upgrade"):
+    with pytest.raises(UserError, match=r"at revision 0001, this version needs 0003.*dynamollm db upgrade"):
         migrate.require_current(empty)
     migrate.upgrade(empty)
     migrate.require_current(empty)

@@ -23,6 +23,7 @@ from controller.store.records import (
     EnergySource,
     NodeRecord,
     PlanRecord,
+    SavingRow,
     SloRow,
     TelemetryRow,
 )
@@ -106,8 +107,8 @@ def test_writing_again_adds_nothing(engine: Engine) -> None:
     first = write_records(engine, one_of_each())
     before = rows_by_table(engine)
     changed = [replace(record, sentence="another") if record == decision() else record for record in one_of_each()]
-    # The node is brought up to date, all else was there.
-    assert write_records(engine, changed) == 1
+    # The node and the day's saving are brought up to date, all else was there.
+    assert write_records(engine, changed) == 2
     assert first == len(one_of_each())
     assert rows_by_table(engine) == before
     assert list_decisions(engine)[0].decision == decision()
@@ -115,7 +116,7 @@ def test_writing_again_adds_nothing(engine: Engine) -> None:
 
 def test_the_same_numbers_of_another_term_are_other_rows(engine: Engine) -> None:
     write_records(engine, one_of_each())
-    later = [replace(record, term=2) for record in one_of_each() if not isinstance(record, NodeRecord)]
+    later = [replace(record, term=2) for record in one_of_each() if not isinstance(record, NodeRecord | SavingRow)]
     assert write_records(engine, later) == len(later)
 
 

@@ -68,7 +68,7 @@ def ask(engine: Engine, title: str) -> list[dict[str, object]]:
 
 
 def test_the_page_has_its_questions() -> None:
-    assert len(QUERIES) >= 8
+    assert len(QUERIES) >= 20
     assert len(QUERIES) == PAGE.count("```sql") == PAGE.count("\n## ")
 
 
@@ -118,3 +118,30 @@ def test_prediction_error_by_level(history: Engine) -> None:
 def test_failures_newest_first(history: Engine) -> None:
     found = ask(history, "What went wrong, and on which node?")
     assert [row["detail"] for row in found] == ["GPU-b is held by process 77", "GPU is lost"]
+
+
+def test_savings_by_day(history: Engine) -> None:
+    (found,) = ask(history, "What was saved, day by day?")
+    assert (found["day"], found["pool"], found["saved_kwh"], found["saved_ratio"]) == (
+        "2026-03-01",
+        "cluster",
+        100.0,
+        0.5,
+    )
+    assert (found["saved_usd"], found["saved_kg_co2"]) == (pytest.approx(12.0), pytest.approx(45.0))
+    assert found["saved_kwh_low"] == pytest.approx(3.2e8 / 3.6e6)
+
+
+def test_worst_prediction_first(history: Engine) -> None:
+    found = ask(history, "Which predictions were furthest off?")
+    assert [row["power_error_w"] for row in found] == [150.25, 100.0]
+
+
+def test_empty_nodes(history: Engine) -> None:
+    (found,) = ask(history, "Which nodes stand empty, and what do they draw meanwhile?")
+    assert found["parked_ratio"] == pytest.approx(0.25)
+
+
+def test_replayable_span(history: Engine) -> None:
+    (found,) = ask(history, "From when on can decisions be replayed?")
+    assert (found["term"], found["frames"], found["frames_expected"]) == (1, 1, 1)

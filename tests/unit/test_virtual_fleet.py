@@ -61,7 +61,6 @@ def test_every_request_is_served_exactly_once_and_in_order_of_time() -> None:
 def test_token_gaps_are_counted_once_per_token_after_the_first() -> None:
     result = serve()
     tokens = sum(request.output_tokens for request in result.requests)
-    # A gap that spans a preemption belongs to no iteration; none happens at this load.
     assert sum(result.gaps.values()) == tokens - len(result.requests)
 
 

@@ -1,6 +1,8 @@
 """The planning MILP: builds it with PuLP, solves it with HiGHS in process, and reads the answer back as values.
 
 Every partition of the problem is solved on its own and reported with a reason; the cheapest feasible one is chosen.
+Small fleets of many pools are solved from tables (milp/tables.py), large ones by rounding the relaxation; both prove
+their gap, and where it is wider than asked the MILP decides.
 `solve` never raises: bad input, a failing solver and infeasibility all come back as a solution without a choice.
 Answers are recomputed and checked against the problem here, whatever the solver claims.
 """
@@ -11,28 +13,31 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from math import ceil, floor, inf, isfinite
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import pulp
 
 from controller.policy.milp.problem import Column, PartitionResult, PlanProblem, PlanSolution, PoolDemand
+from controller.policy.milp.tables import Tabulated, tabulate
 
 HIGHS = "highs"
 CBC = "cbc"
 TOLERANCE = 1e-6
 
 
-def solve(problem: PlanProblem, solver: str | None = None) -> PlanSolution:
+def solve(problem: PlanProblem, solver: str | None = None, milp_only: bool = False) -> PlanSolution:
     """Solves all partitions; deterministic for equal input (one thread, node limit and gap before any time limit).
 
-    `solver` forces "highs" or "cbc"; by default HiGHS where it is installed, else CBC.
+    `solver` forces "highs" or "cbc"; by default HiGHS where it is installed, else CBC. `milp_only` leaves out the
+    shorter ways.
     """
     solver = solver or default_solver()
     fault = _fault(problem)
     if fault:
         pools = [tuple(demand.pool for demand in partition) for partition in problem.partitions] or [()]
         return PlanSolution(problem.problem_id, solver, None, tuple(_failed(p, "error", fault) for p in pools))
-    results = [_solve_partition(problem, partition, solver) for partition in problem.partitions]
+    results = [_solve_partition(problem, partition, solver, milp_only) for partition in problem.partitions]
     feasible = [r for r in results if r.status in ("optimal", "feasible")]
     if not feasible:
         return PlanSolution(problem.problem_id, solver, None, tuple(results))
@@ -92,6 +97,8 @@ def _fault_in_values(problem: PlanProblem) -> str:
         for demand in partition:
             if not (isfinite(demand.rate_rps) and demand.rate_rps >= 0 and demand.min_instances >= 0):
                 return f"demand of {demand.pool} is {demand.rate_rps} requests/s, {demand.min_instances} instances"
+            if not (isfinite(demand.priced_rps) and demand.priced_rps >= 0):
+                return f"expected demand of {demand.pool} is {demand.expected_rps} requests/s"
     return ""
 
 
@@ -121,7 +128,11 @@ def _violation(problem: PlanProblem, partition: tuple[PoolDemand, ...], used: li
         return f"answer uses {gpus} GPUs of {problem.gpus}"
     for demand in partition:
         mine = [(c, n) for c, n in used if c.pool == demand.pool]
-        if sum(n * c.rate_rps for c, n in mine) < demand.rate_rps * (1 - TOLERANCE) - TOLERANCE:
+        tops = _tops(problem, demand.pool)
+        if (
+            sum(n * c.rate_rps for c, n in mine) < demand.priced_rps * (1 - TOLERANCE) - TOLERANCE
+            or sum(n * tops[c.tp] for c, n in mine) < demand.rate_rps * (1 - TOLERANCE) - TOLERANCE
+        ):
             return f"answer does not carry the demand of pool {demand.pool}"
         if sum(n for _, n in mine) < demand.min_instances:
             return f"answer has too few instances of pool {demand.pool}"
@@ -129,6 +140,15 @@ def _violation(problem: PlanProblem, partition: tuple[PoolDemand, ...], used: li
         if sum(n * c.tp // tp for c, n in used if c.tp % tp == 0) > most:
             return f"answer does not fit its TP{tp} groups into the nodes"
     return ""
+
+
+def _tops(problem: PlanProblem, pool: str) -> dict[int, float]:
+    """The largest load of one instance of a pool, by tp."""
+    tops: dict[int, float] = {}
+    for column in problem.columns:
+        if column.pool == pool:
+            tops[column.tp] = max(tops.get(column.tp, 0.0), column.rate_rps)
+    return tops
 
 
 def _packing(problem: PlanProblem, tps: set[int]) -> dict[int, int]:
@@ -146,29 +166,57 @@ class _Model(NamedTuple):
     constant_w: float  # of the objective, kept out of the model: all GPUs parked, and what leaves in any case
 
 
-def _solve_partition(problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str) -> PartitionResult:
+def _solve_partition(
+    problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str, milp_only: bool
+) -> PartitionResult:
     if problem.keep_current:
-        growing = _solve_once(problem, partition, solver, keep_current=True)
+        growing = _solve_once(problem, partition, solver, milp_only, keep_current=True)
         if growing.status in ("optimal", "feasible"):
             return growing
-    return _solve_once(problem, partition, solver, keep_current=False)
+    return _solve_once(problem, partition, solver, milp_only, keep_current=False)
 
 
 def _solve_once(
-    problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str, keep_current: bool
+    problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str, milp_only: bool, keep_current: bool
 ) -> PartitionResult:
     pools = tuple(demand.pool for demand in partition)
     known = {column.pool for column in problem.columns}
     if any(d.pool not in known and (d.rate_rps > 0 or d.min_instances > 0) for d in partition):
         return _failed(pools, "infeasible", _why_infeasible(problem, partition))
-    model = _build(problem, partition, keep_current)
+    began_s = perf_counter()
+    if not milp_only and problem.gap >= LEAST_GAP_OF_TABLES:
+        found = _by_tables(replace(problem, partitions=(partition,)), keep_current)
+        if found is not None:
+            result = _result(problem, partition, found.used, found.bound_w, False, began_s)
+            if result.status == "optimal" and result.gap <= problem.gap:
+                return result
     try:
+        if not milp_only and problem.gpus >= ROUND_FROM_GPUS:
+            found = _by_rounding(problem, partition, solver, keep_current)
+            if found is not None:
+                result = _result(problem, partition, found.used, found.bound_w, False, began_s)
+                if result.status == "optimal" and result.gap <= problem.gap:
+                    return result
+        model = build(problem, partition, keep_current)
         bound_w, limited = _run(model.lp, problem, solver)
     except _InfeasibleError:
         return _failed(pools, "infeasible", _why_infeasible(problem, partition))
     except Exception as error:  # a solver's failure of any kind must not stop control; it is reported as such
         return _failed(pools, "error", f"{solver} failed: {type(error).__name__}: {error}")
     used = [(c, round(v.value() or 0.0)) for c, v in model.counts]
+    return _result(problem, partition, used, bound_w + model.constant_w, limited, began_s)
+
+
+def _result(
+    problem: PlanProblem,
+    partition: tuple[PoolDemand, ...],
+    used: list[tuple[Column, int]],
+    bound_w: float,
+    limited: bool,
+    began_s: float,
+) -> PartitionResult:
+    """An answer as a result: recomputed, and an error where it breaks a constraint."""
+    pools = tuple(demand.pool for demand in partition)
     used = [(c, n) for c, n in used if n > 0]
     broken = _violation(problem, partition, used)
     if broken:
@@ -179,7 +227,7 @@ def _solve_once(
     gpus = sum(n * c.tp for c, n in used)
     power_w = sum(n * c.power_w for c, n in used) + problem.parked_w * (problem.gpus - gpus)
     objective_w = power_w + _switch_w(problem, counts)
-    bound_w = max(0.0, min(bound_w + model.constant_w, objective_w))  # power is never negative: 0 W always bounds it
+    bound_w = max(0.0, min(bound_w, objective_w))  # power is never negative: 0 W always bounds it
     gap = (objective_w - bound_w) / objective_w if objective_w > 0 else 0.0
     return PartitionResult(
         pools=pools,
@@ -188,9 +236,67 @@ def _solve_once(
         objective_w=objective_w,
         bound_w=bound_w,
         gap=gap,
-        solve_ms=float(model.lp.solutionTime) * 1000,
+        solve_ms=(perf_counter() - began_s) * 1000,
         counts=dict(sorted(counts.items())),
         used=tuple(used),
+    )
+
+
+# Tables round loads to cells: what is asked for more exactly than this goes to the MILP at once.
+LEAST_GAP_OF_TABLES = 0.001
+# From here on the relaxation alone proves a gap of half a percent, and less the larger the fleet. What rounding leaves
+# over is a problem of a small fleet.
+ROUND_FROM_GPUS = 1000
+ROUNDED_GPUS = 96
+ROOM_GPUS_PER_POOL = 6
+
+
+def _by_tables(problem: PlanProblem, keep_current: bool) -> Tabulated | None:
+    """Of a problem with one partition."""
+    partition = problem.partitions[0]
+    columns = _columns(problem, partition)
+    least = _by_tp(problem.current) if keep_current else Counter[int]()
+    return tabulate(problem, partition, columns, _packing(problem, {c.tp for c in columns}), least)
+
+
+def _by_rounding(
+    problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str, keep_current: bool
+) -> Tabulated | None:
+    """The relaxation rounded down, and from tables what its fractions carried. None where that finds no plan; raises
+    what `_run` raises."""
+    bound_w = -inf
+    # A plan on every GPU leaves no room to round in; then some GPUs are held back.
+    for held_back in (0, ROOM_GPUS_PER_POOL * len(partition)):
+        smaller = replace(problem, gpus=problem.gpus - held_back)
+        model = build(smaller, partition, keep_current, whole=False)
+        _run(model.lp, smaller, solver)
+        if held_back == 0:
+            bound_w = float(pulp.value(model.lp.objective)) + model.constant_w
+        whole = [(c, floor((v.value() or 0.0) + TOLERANCE)) for c, v in model.counts]
+        rest = _by_tables(_rest(problem, partition, whole), keep_current)
+        if rest is not None:
+            return Tabulated([*whole, *rest.used], bound_w)
+    return None
+
+
+def _rest(problem: PlanProblem, partition: tuple[PoolDemand, ...], whole: list[tuple[Column, int]]) -> PlanProblem:
+    """What is left of a problem beside instances that are settled."""
+    demands = []
+    for demand in partition:
+        tops = _tops(problem, demand.pool)
+        mine = [(c, n) for c, n in whole if c.pool == demand.pool]
+        priced_rps = max(0.0, demand.priced_rps - sum(n * c.rate_rps for c, n in mine))
+        rate_rps = max(priced_rps, demand.rate_rps - sum(n * tops[c.tp] for c, n in mine))
+        least = max(0, demand.min_instances - sum(n for _, n in mine))
+        demands.append(PoolDemand(demand.pool, rate_rps, least, priced_rps))
+    settled = Counter[int]()
+    for column, n in whole:
+        settled[column.tp] += n
+    return replace(
+        problem,
+        gpus=min(ROUNDED_GPUS, problem.gpus - sum(n * tp for tp, n in settled.items())),
+        partitions=(tuple(demands),),
+        current={("", tp): max(0, n - settled[tp]) for tp, n in _by_tp(problem.current).items()},
     )
 
 
@@ -212,40 +318,58 @@ def _by_tp(counts: Any) -> Counter[int]:
     return total
 
 
-def _build(problem: PlanProblem, partition: tuple[PoolDemand, ...], keep_current: bool) -> _Model:
+def _columns(problem: PlanProblem, partition: tuple[PoolDemand, ...]) -> list[Column]:
+    """Those that the partition may use."""
     pools = {demand.pool for demand in partition}
-    columns = [c for c in problem.columns if c.pool in pools and c.tp <= problem.gpus_per_node]
+    return [c for c in problem.columns if c.pool in pools and c.tp <= problem.gpus_per_node]
+
+
+def build(problem: PlanProblem, partition: tuple[PoolDemand, ...], keep_current: bool, whole: bool = True) -> _Model:
+    """The MILP; with `whole` False its relaxation, in which instances may be split."""
+    columns = _columns(problem, partition)
     there = _by_tp(problem.current)
     tps = {c.tp for c in columns}
     lp = pulp.LpProblem("plan", pulp.LpMinimize)
+    category = pulp.LpInteger if whole else pulp.LpContinuous
     counts = [
-        (c, lp.add_variable(f"n{i}", lowBound=0, upBound=floor(problem.gpus / c.tp), cat=pulp.LpInteger))
+        (c, lp.add_variable(f"n{i}", lowBound=0, upBound=floor(problem.gpus / c.tp), cat=category))
         for i, c in enumerate(columns)
     ]
     starts = {tp: lp.add_variable(f"start{tp}", lowBound=0) for tp in sorted(tps) if problem.start_j.get(tp)}
     retires = {tp: lp.add_variable(f"retire{tp}", lowBound=0) for tp in sorted(tps) if problem.retire_j.get(tp)}
     lp.setObjective(
-        pulp.lpSum((c.power_w - c.tp * problem.parked_w) * n for c, n in counts)
-        + pulp.lpSum(problem.start_j[tp] / problem.horizon_s * started for tp, started in starts.items())
-        + pulp.lpSum(problem.retire_j[tp] / problem.horizon_s * retired for tp, retired in retires.items())
+        _sum(
+            *((n, c.power_w - c.tp * problem.parked_w) for c, n in counts),
+            *((started, problem.start_j[tp] / problem.horizon_s) for tp, started in starts.items()),
+            *((retired, problem.retire_j[tp] / problem.horizon_s) for tp, retired in retires.items()),
+        )
     )
-    lp.addConstraint(pulp.lpSum(c.tp * n for c, n in counts) <= problem.gpus)
+    of_tp = {tp: [(n, 1) for c, n in counts if c.tp == tp] for tp in sorted(tps)}
+    lp.addConstraint(_sum(*((n, c.tp) for c, n in counts)) <= problem.gpus)
     for demand in partition:
         mine = [(c, n) for c, n in counts if c.pool == demand.pool]
-        lp.addConstraint(pulp.lpSum(c.rate_rps * n for c, n in mine) >= demand.rate_rps)
-        lp.addConstraint(pulp.lpSum(n for _, n in mine) >= demand.min_instances)
+        lp.addConstraint(_sum(*((n, c.rate_rps) for c, n in mine)) >= demand.priced_rps)
+        if demand.priced_rps < demand.rate_rps:
+            tops = _tops(problem, demand.pool)
+            lp.addConstraint(_sum(*((n, tops[c.tp]) for c, n in mine)) >= demand.rate_rps)
+        lp.addConstraint(_sum(*((n, 1) for _, n in mine)) >= demand.min_instances)
     for tp, most in _packing(problem, tps).items():
-        lp.addConstraint(pulp.lpSum(c.tp // tp * n for c, n in counts if c.tp % tp == 0) <= most)
+        lp.addConstraint(_sum(*((n, c.tp // tp) for c, n in counts if c.tp % tp == 0)) <= most)
     for tp, started in starts.items():
-        lp.addConstraint(pulp.lpSum(n for c, n in counts if c.tp == tp) - started <= there[tp])
+        lp.addConstraint(_sum(*of_tp[tp], (started, -1)) <= there[tp])
     for tp, retired in retires.items():
-        lp.addConstraint(pulp.lpSum(n for c, n in counts if c.tp == tp) + retired >= there[tp])
+        lp.addConstraint(_sum(*of_tp[tp], (retired, 1)) >= there[tp])
     if keep_current:
         for tp in sorted(tps & set(there)):
-            lp.addConstraint(pulp.lpSum(n for c, n in counts if c.tp == tp) >= there[tp])
+            lp.addConstraint(_sum(*of_tp[tp]) >= there[tp])
     # Kinds that no column has any more leave in any case.
     gone_j = sum(n * problem.retire_j.get(tp, 0.0) for tp, n in there.items() if tp not in tps)
     return _Model(lp, counts, problem.parked_w * problem.gpus + gone_j / problem.horizon_s)
+
+
+def _sum(*terms: tuple[Any, float]) -> Any:
+    """Variables times numbers. Added up term by term PuLP would take most of the time that a small fleet has."""
+    return pulp.LpAffineExpression(terms)
 
 
 class _InfeasibleError(Exception):

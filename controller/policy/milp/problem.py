@@ -24,18 +24,25 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class PoolDemand:
-    """`rate_rps` in equivalent requests/s (profile/table.py) at the provisioned quantile."""
+    """`rate_rps` in equivalent requests/s (profile/table.py) at the provisioned quantile: what the pool's instances
+    must be able to carry. `expected_rps`, where it is less: what they are expected to carry and are priced for, since
+    the load does not need all of them all the time and the others stand by (policy/idle.py). None: `rate_rps`."""
 
     pool: str
     rate_rps: float
     min_instances: int = 1
+    expected_rps: float | None = None
+
+    @property
+    def priced_rps(self) -> float:
+        return self.rate_rps if self.expected_rps is None else min(self.expected_rps, self.rate_rps)
 
 
 @dataclass(frozen=True, slots=True)
 class PlanProblem:
     """Minimise  sum n_col * power_w  +  parked_w * empty GPUs  +  start_j / horizon_s * started instances
-    +  retire_j / horizon_s * retired instances  over integer n_col >= 0, within `gpus`, each pool's rate and
-    minimum met.
+    +  retire_j / horizon_s * retired instances  over integer n_col >= 0, within `gpus`, each pool's expected rate and
+    minimum met by the columns' loads, and its rate by what its instances can carry.
 
     `current` counts the instances that exist now by (pool, tp). An instance may change its pool without a restart,
     so per tp only what exceeds it in all pays `start_j[tp]`, and only what falls short of it pays `retire_j[tp]`

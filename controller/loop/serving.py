@@ -1,0 +1,138 @@
+"""Who serves (every 5 seconds): of each pool's ready instances as many as the load needs, the others stand by.
+
+Called by the instance manager before it publishes the routing. Standing by shrinks no capacity: the instance stays
+loaded, and serves again with the next table. A load that all planned instances together do not carry is told to the
+pool manager at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from controller.domain.classes import ALL_CLASSES, RequestClass
+from controller.domain.reasons import Level, Reason
+from controller.fleet.port import InstanceObservation, InstanceState
+from controller.loop import modes
+from controller.loop import pool as pool_manager
+from controller.loop.state import PoolPlan, State, Turn
+from controller.policy.idle import Serving, choose_serving
+from controller.policy.routing import pools_for
+
+# Over which mean tokens of a request are taken: they change more slowly than its rate.
+TOKENS_S = 300.0
+
+
+def serves(state: State, instance: InstanceObservation) -> bool:
+    """True for an instance that gets requests."""
+    return (
+        instance.state is InstanceState.READY
+        and instance.instance_id not in state.draining
+        and instance.instance_id not in state.standby
+    )
+
+
+def pool_rates(turn: Turn, window_s: float) -> dict[str, float] | None:
+    """Equivalent requests/s of each routed pool over the last `window_s`; None when the load is unknown."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    rates = state.load.rates_rps(now_s, window_s)
+    if rates is None or state.routing is None:
+        return None
+    tokens = state.load.mean_tokens(now_s, max(window_s, TOKENS_S))
+    shares: dict[str, dict[RequestClass, float]] = {}
+    for request_class in ALL_CLASSES:
+        if rates.get(request_class):
+            own = pools_for(state.routing.pools, request_class)
+            if own:
+                shares.setdefault(own[0].name, {})[request_class] = rates[request_class]
+    return {
+        pool.name: state.profile.equivalent_rate(pool.name, shares.get(pool.name, {}), tokens)
+        for pool in state.routing.pools
+    }
+
+
+def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
+    """Chooses for the time until the next tick, for the larger of the load just now (`rates`) and over the last minute:
+    more serve soon, fewer later. Where the load is unknown, or requests wait for room, all serve, and so does whatever
+    is not to be touched."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    if not state.settings.knobs.standby:
+        return
+    steady = pool_rates(turn, state.settings.serve_window_s)
+    queues = state.load.queues()
+    ready: dict[str, list[InstanceObservation]] = {}
+    for node_id, instance in state.instances().values():
+        if (
+            instance.state is InstanceState.READY
+            and instance.instance_id not in state.draining
+            and not state.is_stale(node_id, now_s)
+            and modes.may_touch(state, state.pool_of(instance), node_id)
+        ):
+            ready.setdefault(state.pool_of(instance), []).append(instance)
+    standby: set[str] = set()
+    for pool, plan in sorted(state.pools.items()):
+        waiting = queues[pool].waiting if pool in queues else 0
+        if rates is None or steady is None or pool not in rates or waiting:
+            continue
+        rate_rps = max(rates[pool], steady[pool])
+        mine = sorted(ready.get(pool, ()), key=lambda i: (i.instance_id in state.standby, i.instance_id))
+        there = Counter(instance.tp for instance in mine)
+        now = Counter(instance.tp for instance in mine if instance.instance_id not in state.standby)
+        choice = _choice(state, pool, there, rate_rps, now)
+        if not choice.carries:
+            _ask_for_more(turn, pool, plan, rate_rps)
+        left = Counter(choice.counts)
+        for instance in mine:
+            if left[instance.tp] > 0:
+                left[instance.tp] -= 1
+            else:
+                standby.add(instance.instance_id)
+        if Counter(choice.counts) != now:
+            _record(turn, pool, there, now, choice, rate_rps)
+    state.standby = standby
+
+
+def _choice(
+    state: State, pool: str, counts: Mapping[int, int], rate_rps: float, current: Mapping[int, int] | None = None
+) -> Serving:
+    settings = state.settings
+    return choose_serving(
+        state.fit, pool, counts, rate_rps, settings.serve_fill, max(1, settings.min_instances), current
+    )
+
+
+def _ask_for_more(turn: Turn, pool: str, plan: PoolPlan, rate_rps: float) -> None:
+    """A pool whose planned instances do not carry the load either is planned anew now, not at its next period."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    soon = now_s - state.asked_s.get(pool, float("-inf")) < state.settings.load_window_s
+    if not soon and not _choice(state, pool, plan.counts, rate_rps).carries:
+        state.asked_s[pool] = now_s
+        pool_manager.tick(turn, pool, "load")
+
+
+def _record(
+    turn: Turn, pool: str, there: Mapping[int, int], before: Mapping[int, int], choice: Serving, rate_rps: float
+) -> None:
+    def counts(by_tp: Mapping[int, int]) -> dict[str, int]:
+        return {f"tp{tp}": n for tp, n in sorted(by_tp.items()) if n}
+
+    idle = {tp: n - choice.counts.get(tp, 0) for tp, n in there.items()}
+    turn.decide(
+        Level.INSTANCE,
+        pool,
+        "tick",
+        Reason.LEAST_POWER if choice.carries else Reason.OVER_CAPACITY,
+        f"{pool}: {_say(choice.counts)} serve {rate_rps:.2f} requests/s, {_say(idle)} stand by.",
+        inputs={
+            "rate_rps": round(rate_rps, 6),
+            "ready": counts(there),
+            "serving": counts(before),
+            "profile": turn.state.profile_checksum,
+        },
+        outcome={"serving": counts(choice.counts), "standby": counts(idle)},
+        predicted_power_w=choice.power_w,
+    )
+
+
+def _say(by_tp: Mapping[int, int]) -> str:
+    return "+".join(f"{n}xTP{tp}" for tp, n in sorted(by_tp.items()) if n) or "none"

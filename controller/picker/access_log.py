@@ -1,0 +1,71 @@
+"""What Envoy's access log tells of requests that were chosen for: still running, over, and how.
+
+Envoy carries the answer alone, so a picker that dies harms no running stream; the log is how it learns that an instance
+has room again. Entries come in batches, one small message for many requests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.logs import get_logger
+from controller.gateway.brain import Outcome
+from controller.picker.exchange import TICKET_KEY, TICKET_NAMESPACE, Desk
+from controller.picker.held import HeldTicket
+
+_log = get_logger(__name__)
+# Envoy's response flags that mean an instance failed, before the answer or within it.
+UPSTREAM_FLAGS = (
+    "failed_local_healthcheck",
+    "no_healthy_upstream",
+    "upstream_request_timeout",
+    "upstream_remote_reset",
+    "upstream_connection_failure",
+    "upstream_connection_termination",
+    "upstream_overflow",
+    "upstream_retry_limit_exceeded",
+    "upstream_protocol_error",
+    "stream_idle_timeout",
+)
+
+
+def take(desk: Desk, message: Any) -> None:
+    """One StreamAccessLogsMessage."""
+    for entry in message.http_logs.log_entry:
+        common = entry.common_properties
+        metadata = common.metadata.filter_metadata
+        if TICKET_NAMESPACE not in metadata:
+            continue  # refused, or let through while no picker was there
+        name = metadata[TICKET_NAMESPACE].fields[TICKET_KEY].string_value
+        held = desk.held.hear(name)
+        if held is None or common.intermediate_log_entry:
+            continue
+        _end(desk, name, held, entry)
+
+
+def _end(desk: Desk, name: str, held: HeldTicket, entry: Any) -> None:
+    common, status = entry.common_properties, entry.response.response_code.value
+    flags = common.response_flags
+    failed = status >= 500 or any(getattr(flags, flag) for flag in UPSTREAM_FLAGS)
+    if failed or common.upstream_request_attempt_count > 1:
+        # With several attempts the first choice has failed, whatever became of the request.
+        desk.brain.suspect(held.instance.instance_id)
+        _log.warning(
+            "engine_failed",
+            instance=held.instance.instance_id,
+            attempts=common.upstream_request_attempt_count,
+            status=status,
+            reason=entry.response.response_code_details,
+        )
+    model = held.ticket.asked.model
+    if failed:
+        outcome = Outcome.FAILED
+    elif flags.downstream_connection_termination or flags.downstream_remote_reset or not status:
+        outcome = Outcome.CLIENT_LEFT
+    elif status >= 400:
+        outcome = Outcome.REJECTED
+    else:
+        outcome = Outcome.SERVED
+        if not held.observed:
+            desk.unseen[model] = desk.unseen.get(model, 0) + 1
+    desk.held.end(name, outcome)

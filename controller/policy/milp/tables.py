@@ -1,0 +1,336 @@
+"""Small fleets of many pools, solved without branching: each pool's plans are tabulated, then the tables are joined.
+
+Pools meet in one thing only: how many instances of each tp there are in all (GPU cap, packing, starts, retirements).
+So a pool's table holds its least power for every vector of counts by tp, and joining them over the totals is exact.
+Loads are rounded to cells, in the plan's favour for the bound and against it for the plan: both are true, their gap is
+proven. Where the fleet is too large or the gap too wide, the MILP (milp/model.py) decides.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import ceil, floor, inf, prod
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controller.policy.milp.problem import Column, PlanProblem, PoolDemand
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# Cells of a pool's demand: an instance is taken for at most one cell more, or less, than it carries.
+BOUND_CELLS = 2048
+PLAN_CELLS = 8192
+# Beyond these the MILP is faster: vectors of total counts, vectors of one pool, and pairs of both to be looked at.
+MAX_TOTALS = 40_000
+MAX_VECTORS = 200
+MAX_PAIRS = 40_000_000
+# A table goes up to this many times the GPUs that carry the demand, and some more; what lies beyond is bounded.
+ROOM_RATIO, ROOM_GPUS = 2.0, 8
+STEPS = 30
+# Solvers take a demand for met when this little is missing, so the bound does too.
+TOLERANCE = 1e-6
+
+
+class Tabulated(NamedTuple):
+    used: list[tuple[Column, int]]
+    bound_w: float  # no plan has a lower objective
+
+
+def tabulate(
+    problem: PlanProblem,
+    partition: Sequence[PoolDemand],
+    columns: Sequence[Column],
+    groups: Mapping[int, int],
+    least: Mapping[int, int],
+) -> Tabulated | None:
+    """A plan of one partition and a bound on all its plans; None where the problem is too large for tables or they
+    hold no plan.
+
+    `groups` tells by tp how many aligned groups the nodes hold, `least` how many instances must exist. The plan keeps
+    every constraint named here; others (a caller's own) are the caller's to check, the bound holds with them too.
+    """
+    tps = sorted({column.tp for column in columns})
+    if not tps:
+        return None
+    shape = tuple(problem.gpus // tp + 1 for tp in tps)
+    if prod(shape) > MAX_TOTALS:
+        return None
+    pools = []
+    for demand in partition:
+        pool = _pool(problem, demand, tps, [c for c in columns if c.pool == demand.pool])
+        if pool is None:
+            return None
+        pools.append(pool)
+    if sum(len(pool.watts) for pool in pools) * prod(shape) > MAX_PAIRS:
+        return None
+    joined = _join(pools, shape)
+    totals = np.indices(shape)
+    allowed = _allowed(problem, tps, totals, groups, least)
+    coupling_w = np.where(allowed, _switch_w(problem, tps, totals), inf)
+    objective_w = joined[-1] + coupling_w
+    best = np.unravel_index(int(objective_w.argmin()), shape)
+    best_w = float(objective_w[best])
+    if best_w == inf:
+        return None
+    plan = [_plan(pool, tps, vector) for pool, vector in zip(pools, _split(pools, joined, best), strict=True)]
+    if any(used is None for used in plan):
+        return None
+    beyond_w = _beyond(pools, tps, problem.gpus, totals, coupling_w, best_w)
+    apart_w = problem.parked_w * problem.gpus + _gone_w(problem, tps)
+    return Tabulated(
+        [entry for used in plan if used is not None for entry in used],
+        min(best_w, beyond_w) + apart_w,
+    )
+
+
+# --------------------------------------------------------------------------------------------- one pool's table
+
+
+class _Pool(NamedTuple):
+    demand: PoolDemand
+    columns: list[Column]
+    parked_w: float
+    room: int  # GPUs up to which the table goes
+    vectors: Ints  # [vector, tp]: counts
+    watts: Floats  # least power of each over the same GPUs parked, by the rounding in favour
+
+
+def _pool(problem: PlanProblem, demand: PoolDemand, tps: list[int], columns: list[Column]) -> _Pool | None:
+    """The table of a pool; None when it would be too long, or when no vector carries the demand."""
+    tops = [max((c.rate_rps for c in columns if c.tp == tp), default=0.0) for tp in tps]
+    densest = max(top / tp for top, tp in zip(tops, tps, strict=True))
+    if densest <= 0 and demand.rate_rps > 0:
+        return None
+    need = demand.rate_rps / densest if demand.rate_rps > 0 else 0.0
+    need = max(need, demand.min_instances * min(tps))
+    if need > problem.gpus:
+        return None
+    room = min(problem.gpus, int(ROOM_RATIO * need) + ROOM_GPUS)
+    rows = np.full((1, _cells(demand, BOUND_CELLS) + 1), inf)
+    rows[0, 0] = 0.0
+    vectors = np.zeros((1, len(tps)), dtype=np.int64)
+    for i, tp in enumerate(tps):
+        steps = _steps(demand, columns, tp, problem.parked_w, BOUND_CELLS, in_favour=True)
+        layers, their_vectors = [rows], [vectors]
+        while steps:
+            fits = their_vectors[-1] @ np.array(tps) + tp <= room
+            if not fits.any():
+                break
+            grown = their_vectors[-1][fits]
+            grown[:, i] += 1
+            their_vectors.append(grown)
+            layers.append(_with_one_more(layers[-1][fits], steps))
+            if sum(map(len, layers)) > MAX_VECTORS:
+                return None
+        rows, vectors = np.concatenate(layers), np.concatenate(their_vectors)
+    carries = (
+        np.isfinite(rows[:, -1])
+        & ((vectors * np.array(tops)).sum(axis=1) >= demand.rate_rps * (1 - TOLERANCE) - TOLERANCE)
+        & (vectors.sum(axis=1) >= demand.min_instances)
+    )
+    if not carries.any():
+        return None
+    return _Pool(demand, columns, problem.parked_w, room, vectors[carries], rows[carries, -1])
+
+
+class _Step(NamedTuple):
+    """What one more instance on a column brings."""
+
+    cells: int
+    watts: float
+    column: Column
+
+
+def _cells(demand: PoolDemand, cells: int) -> int:
+    return cells if _needed_rps(demand) > 0 else 0
+
+
+def _needed_rps(demand: PoolDemand) -> float:
+    return demand.priced_rps * (1 - TOLERANCE) - TOLERANCE
+
+
+def _steps(
+    demand: PoolDemand, columns: Sequence[Column], tp: int, parked_w: float, cells: int, in_favour: bool
+) -> list[_Step]:
+    """The columns of one tp in cells, without those that another one beats."""
+    cells = _cells(demand, cells)
+    needed_rps = _needed_rps(demand) if in_favour else demand.priced_rps
+    steps = []
+    for column in columns:
+        if column.tp != tp:
+            continue
+        carried = min(float(cells), column.rate_rps / needed_rps * cells) if cells else 0.0
+        rounded = ceil(carried) if in_favour else floor(carried * (1 + 1e-12))
+        steps.append(_Step(rounded, column.power_w - tp * parked_w, column))
+    kept: list[_Step] = []
+    for step in sorted(steps, key=lambda s: (-s.cells, s.watts)):
+        if not kept or step.watts < kept[-1].watts:
+            kept.append(step)
+    return kept
+
+
+def _with_one_more(rows: Floats, steps: Sequence[_Step]) -> Floats:
+    """`rows` hold the least watts that carry at least so many cells; the same with one instance more."""
+    last = rows.shape[1] - 1
+    padded = np.concatenate([np.repeat(rows[:, :1], last, axis=1), rows], axis=1)
+    best, tried = np.full_like(rows, inf), np.empty_like(rows)
+    for step in steps:
+        np.add(padded[:, last - step.cells : 2 * last + 1 - step.cells], step.watts, out=tried)
+        np.minimum(best, tried, out=best)
+    return best
+
+
+def _plan(pool: _Pool, tps: list[int], counts: Ints) -> list[tuple[Column, int]] | None:
+    """The columns of least power for so many instances of each tp; None when rounding leaves no plan."""
+    cells = _cells(pool.demand, PLAN_CELLS)
+    row = np.full((1, cells + 1), inf)
+    row[0, 0] = 0.0
+    added: list[tuple[list[_Step], Floats]] = []  # the choice of each instance, and the row before it
+    for tp, count in zip(tps, counts.tolist(), strict=True):
+        steps = _steps(pool.demand, pool.columns, tp, pool.parked_w, PLAN_CELLS, in_favour=False)
+        for _ in range(count):
+            added.append((steps, row))
+            row = _with_one_more(row, steps)
+    if row[0, -1] == inf:
+        return None
+    used: Counter[Column] = Counter()
+    left, watts = cells, row[0, -1]
+    for steps, before in reversed(added):
+        # The very sum that made the row is found again, so equality is exact.
+        step = next(s for s in steps if before[0, max(0, left - s.cells)] + s.watts == watts)
+        left = max(0, left - step.cells)
+        watts = before[0, left]
+        used[step.column] += 1
+    return list(used.items())
+
+
+# ------------------------------------------------------------------------------------------- all pools together
+
+
+def _join(pools: Sequence[_Pool], shape: tuple[int, ...]) -> list[Floats]:
+    """Least watts of the first 0, 1, ... pools by the total counts of each tp."""
+    start = np.full(shape, inf)
+    start[(0,) * len(shape)] = 0.0
+    joined = [start]
+    for pool in pools:
+        best = np.full(shape, inf)
+        for vector, watts in zip(pool.vectors.tolist(), pool.watts.tolist(), strict=True):
+            there = tuple(slice(n, None) for n in vector)
+            before = tuple(slice(0, size - n) for n, size in zip(vector, shape, strict=True))
+            np.minimum(best[there], joined[-1][before] + watts, out=best[there])
+        joined.append(best)
+    return joined
+
+
+def _split(pools: Sequence[_Pool], joined: list[Floats], totals: tuple[np.intp, ...]) -> list[Ints]:
+    """Which vector of each pool makes up the totals."""
+    left = np.array(totals)
+    vectors = []
+    for pool, before, after in reversed(list(zip(pools, joined[:-1], joined[1:], strict=True))):
+        fits = np.flatnonzero((pool.vectors <= left).all(axis=1))
+        rest = left - pool.vectors[fits]
+        makes = before[tuple(rest.T)] + pool.watts[fits] == after[tuple(left)]
+        vector = pool.vectors[fits[int(makes.argmax())]]
+        vectors.append(vector)
+        left = left - vector
+    return vectors[::-1]
+
+
+def _allowed(
+    problem: PlanProblem, tps: list[int], totals: Ints, groups: Mapping[int, int], least: Mapping[int, int]
+) -> NDArray[np.bool_]:
+    allowed: NDArray[np.bool_] = np.tensordot(np.array(tps), totals, 1) <= problem.gpus
+    for i, tp in enumerate(tps):
+        taken = sum(wide // tp * totals[j] for j, wide in enumerate(tps) if wide % tp == 0)
+        allowed &= (taken <= groups[tp]) & (totals[i] >= least.get(tp, 0))
+    return allowed
+
+
+def _switch_w(problem: PlanProblem, tps: list[int], totals: Ints) -> Floats:
+    watts = np.zeros(totals.shape[1:])
+    for i, tp in enumerate(tps):
+        more = totals[i] - _there(problem, tp)
+        watts += np.maximum(0, more) * problem.start_j.get(tp, 0.0) / problem.horizon_s
+        watts += np.maximum(0, -more) * problem.retire_j.get(tp, 0.0) / problem.horizon_s
+    return watts
+
+
+def _there(problem: PlanProblem, tp: int) -> int:
+    return sum(n for (_, width), n in problem.current.items() if width == tp)
+
+
+def _gone_w(problem: PlanProblem, tps: list[int]) -> float:
+    """Retirement of what no column has any more."""
+    gone_j = sum(n * problem.retire_j.get(tp, 0.0) for (_, tp), n in problem.current.items() if tp not in tps)
+    return gone_j / problem.horizon_s
+
+
+# ------------------------------------------------------------------------------------------- beyond the tables
+
+
+def _beyond(
+    pools: Sequence[_Pool], tps: list[int], gpus: int, totals: Ints, coupling_w: Floats, best_w: float
+) -> float:
+    """A bound on plans in which some pool has more GPUs than its table goes up to.
+
+    With a price on every instance of each tp, pools and totals are apart and each may take its own minimum (Lagrangian
+    relaxation). Any prices give a bound; good ones are found by Polyak's steps towards the least power inside the
+    tables, which is known.
+    """
+    if all(pool.room >= gpus for pool in pools):
+        return inf
+    counts = np.concatenate([pool.vectors for pool in pools]).T.astype(np.float64)
+    watts = np.concatenate([pool.watts for pool in pools])
+    ends = np.cumsum([len(pool.watts) for pool in pools]).tolist()
+    starts = [0, *ends[:-1]]
+    allowed = np.flatnonzero(np.isfinite(coupling_w))
+    total_counts = totals.reshape(len(tps), -1)[:, allowed].astype(np.float64)
+    total_watts = coupling_w.ravel()[allowed]
+    prices = np.zeros(len(tps))
+    bound, bound_prices = -inf, prices
+    for _ in range(STEPS):
+        priced = _priced(watts, counts, prices)
+        apart = _priced(total_watts, total_counts, -prices)
+        at = int(apart.argmin())
+        value = float(np.minimum.reduceat(priced, starts).sum() + apart[at])
+        if value > bound:
+            bound, bound_prices = value, prices
+        chosen = [a + int(priced[a:b].argmin()) for a, b in zip(starts, ends, strict=True)]
+        towards = counts[:, chosen].sum(axis=1) - total_counts[:, at]
+        if not towards.any() or best_w - bound <= 1e-9 * abs(best_w):
+            break
+        prices = prices + (best_w - value) / float((towards * towards).sum()) * towards
+    inside = np.minimum.reduceat(_priced(watts, counts, bound_prices), starts)
+    each = dict(zip(tps, bound_prices.tolist(), strict=True))
+    outside = np.array([_beyond_one(pool, gpus, each) for pool in pools])
+    # One pool at least is outside; the others are where it is cheaper.
+    cheaper = np.minimum(inside, outside)
+    return bound + float((cheaper - inside).sum() + (outside - cheaper).min())
+
+
+def _priced(watts: Floats, counts: Floats, prices: Floats) -> Floats:
+    """Added up tp by tp: a matrix product may round differently from machine to machine."""
+    priced = watts.copy()
+    for row, price in zip(counts, prices.tolist(), strict=True):
+        priced += row * price
+    return priced
+
+
+def _beyond_one(pool: _Pool, gpus: int, prices: Mapping[int, float]) -> float:
+    """The same of one pool, over loads and GPUs that may be split at will: the Lagrangian dual of that relaxation, at
+    some values of the price of load."""
+    if pool.room >= gpus:
+        return inf  # its table holds every plan
+    rate = np.array([c.rate_rps for c in pool.columns])
+    widths = np.array([c.tp for c in pool.columns])
+    watts = np.array([c.power_w - c.tp * pool.parked_w + prices[c.tp] for c in pool.columns])
+    needed_rps = max(0.0, _needed_rps(pool.demand))
+    dearest = float((watts[rate > 0] / rate[rate > 0]).max(initial=0.0))
+    load_prices = np.linspace(0.0, max(0.0, dearest), 64)
+    per_gpu = ((watts - load_prices[:, None] * rate) / widths).min(axis=1)
+    bounds = load_prices * needed_rps + np.where(per_gpu >= 0, per_gpu * (pool.room + 1), per_gpu * gpus)
+    return float(bounds.max())

@@ -1,0 +1,1 @@
+"""Decisions made again from the inputs that the history kept."""

@@ -1,0 +1,112 @@
+"""`Route` and `ReportCompletion` of a real gateway process, for tools that carry requests themselves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from controller.domain.classes import by_input
+from dynamollm.v1 import gateway_pb2 as pb
+from dynamollm.v1 import gateway_pb2_grpc as rpc
+from tests.gateway_stand_ins import (
+    LONG,
+    MODEL,
+    SHORT,
+    StandInController,
+    controlling,
+    gateway_process,
+    table,
+    until,
+    until_healthy,
+)
+
+ALL = by_input("all", "SML")
+
+
+@asynccontextmanager
+async def service(**settings: object) -> AsyncIterator[tuple[rpc.GatewayStub, StandInController]]:
+    controller = StandInController()
+    settings = {"picker__listen": "127.0.0.1:0", "report_interval_s": 0.05, **settings}
+    async with controlling(controller) as port, gateway_process(port, **settings) as gateway:
+        short = {"a": "http://127.0.0.1:1", "b": "http://127.0.0.1:2"}
+        controller.publish(table((SHORT, short), (LONG, {"c": "http://127.0.0.1:3"}), max_in_flight=2))
+        await until_healthy(gateway)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.picker_port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1
+            yield rpc.GatewayStub(channel), controller
+
+
+def report(controller: StandInController, field: str) -> int:
+    return sum(getattr(each, field) for each in controller.reports[-1].classes) if controller.reports else 0
+
+
+async def test_a_routed_request_is_counted_until_it_is_reported(tmp_path: Path) -> None:
+    async with service(picker__overcommit=1) as (stub, controller):
+        routed = await stub.Route(pb.RouteRequest(model=MODEL, input_tokens=50))
+        assert (routed.pool, routed.instance_id, routed.endpoint) == ("short", "a", "http://127.0.0.1:1")
+        assert list(routed.alternative_endpoints) == ["http://127.0.0.1:2", "http://127.0.0.1:3"]
+        assert routed.request_class == "SL"  # nothing is known yet: the longest output
+        assert 0 < routed.confidence < 1
+        long = await stub.Route(pb.RouteRequest(model=MODEL, prompt_bytes=40_000))
+        assert (long.pool, long.request_class) == ("long", "LL")
+        await until(lambda: bool(controller.reports) and sum(q.in_flight for q in controller.reports[-1].queues) == 2)
+        done = pb.ReportCompletionRequest(
+            ticket=routed.ticket,
+            outcome=pb.COMPLETION_OUTCOME_SERVED,
+            input_tokens=50,
+            output_tokens=40,
+            time_to_first_token_s=0.1,
+            total_s=0.9,
+        )
+        running = pb.ReportCompletionRequest(ticket=routed.ticket, outcome=pb.COMPLETION_OUTCOME_RUNNING)
+        assert (await stub.ReportCompletion(running)).known
+        assert (await stub.ReportCompletion(done)).known
+        assert not (await stub.ReportCompletion(done)).known  # repeating it changes nothing
+        failed = pb.ReportCompletionRequest(ticket=long.ticket, outcome=pb.COMPLETION_OUTCOME_FAILED)
+        assert (await stub.ReportCompletion(failed)).known
+        await until(lambda: report(controller, "completed") == 1 and report(controller, "failed") == 1)
+        assert report(controller, "output_tokens") == 40
+        assert report(controller, "in_slo") == 1
+        assert sum(q.in_flight for q in controller.reports[-1].queues) == 0
+
+
+async def test_what_cannot_be_routed_says_why() -> None:
+    async with service(picker__overcommit=1) as (stub, _):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.Route(pb.RouteRequest(model="other", input_tokens=5))
+        assert error.value.code() == grpc.StatusCode.NOT_FOUND
+        routed = [await stub.Route(pb.RouteRequest(model=MODEL, input_tokens=5)) for _ in range(6)]
+        assert {each.instance_id for each in routed} == {"a", "b", "c"}  # the last two spilled to the larger pool
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.Route(pb.RouteRequest(model=MODEL, input_tokens=5))
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.ReportCompletion(pb.ReportCompletionRequest(ticket="x"))
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_what_is_never_reported_is_forgotten() -> None:
+    async with service(picker__overcommit=1, picker__forget_s=0.5) as (stub, controller):
+        for _ in range(6):
+            await stub.Route(pb.RouteRequest(model=MODEL, input_tokens=5))
+        await until(lambda: report(controller, "failed") == 6)
+        await stub.Route(pb.RouteRequest(model=MODEL, input_tokens=5))
+
+
+async def test_a_gateway_that_starts_without_its_controller_serves_by_the_last_table(tmp_path: Path) -> None:
+    controller = StandInController()
+    async with controlling(controller) as port, gateway_process(port, state_dir=tmp_path) as gateway:
+        controller.publish(table((ALL, {"a": "http://127.0.0.1:1"}), term=4, version=9))
+        await until_healthy(gateway)
+    async with gateway_process(port, state_dir=tmp_path) as gateway:  # nobody listens there any more
+        await until_healthy(gateway)
+        async with httpx.AsyncClient() as client:
+            health = (await client.get(f"{gateway.url}/health")).json()
+        assert (health["routing_term"], health["routing_version"], health["instances"]) == (4, 9, 1)

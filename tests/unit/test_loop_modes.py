@@ -1,0 +1,161 @@
+"""Modes: advisory decides and touches nothing, paused does not decide, and every thing has the most cautious one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from controller.domain.classes import RequestClass
+from controller.domain.reasons import Level, Mode
+from controller.fleet.port import (
+    ApplyClocks,
+    DrainInstance,
+    Effect,
+    EffectDone,
+    PublishRouting,
+    ReleaseClocks,
+    Solve,
+    StartInstance,
+    StopInstance,
+    Tick,
+)
+from controller.loop.journal import JournaledCore
+from controller.loop.modes import may_touch
+from controller.loop.orders import PlanNow, SetMode, most_cautious
+from controller.loop.settings import LoopSettings
+from controller.loop.state import Instant
+from controller.policy.milp.model import solve
+from simulator.fleet import FleetTimes, VirtualFleet
+from simulator.physics import Physics
+from simulator.traces import generate
+from tests.synthetic_profile import MODEL, synthetic_profile
+from tests.unit.test_loop_core import Bench, make, ready, starts
+from tests.unit.test_loop_journal import PROFILE, SETTINGS, Ordered
+
+TOUCHING = (ApplyClocks, ReleaseClocks, StartInstance, DrainInstance, StopInstance)
+
+
+def order(bench: Bench, given: SetMode | PlanNow) -> list[Effect]:
+    step = bench.core.order(Instant(bench.now_s, 1e9 + bench.now_s), given)
+    bench.steps.append(step)
+    effects = [e for e in step.effects if not isinstance(e, Solve)]
+    for effect in step.effects:
+        if isinstance(effect, Solve):
+            effects += bench.send(EffectDone(effect.effect_id, True, solution=solve(effect.problem)))
+    return effects
+
+
+def serving(nodes: int = 1) -> Bench:
+    """A fleet whose instances are ready."""
+    bench = make(nodes=nodes)
+    for index in range(nodes):
+        bench.see("ab"[index])
+    started = starts(bench.send(Tick(Level.INSTANCE)))
+    for index in range(nodes):
+        node = "ab"[index]
+        bench.see(node, *(ready(effect) for effect in started if effect.node_id == node))
+    bench.instances = {  # type: ignore[attr-defined]  # for the tests below
+        node: tuple(ready(effect) for effect in started if effect.node_id == node) for node in "ab"[:nodes]
+    }
+    return bench
+
+
+def tick(bench: Bench, seconds: float = 5.0) -> list[Effect]:
+    bench.wait(seconds)
+    effects: list[Effect] = []
+    for node, seen in bench.instances.items():  # type: ignore[attr-defined]
+        effects += bench.see(node, *seen)
+    return effects + bench.send(Tick(Level.INSTANCE))
+
+
+def test_the_most_cautious_mode_holds() -> None:
+    assert most_cautious(Mode.ACTIVE, Mode.ADVISORY, Mode.ACTIVE) is Mode.ADVISORY
+    assert most_cautious(Mode.PAUSED, Mode.ADVISORY) is Mode.PAUSED
+    bench = serving()
+    order(bench, SetMode("pool:all", Mode.PAUSED))
+    assert not may_touch(bench.core.state, "all", "a")
+    order(bench, SetMode("pool:all", Mode.ACTIVE))
+    assert may_touch(bench.core.state, "all", "a")
+    assert bench.core.state.modes == {}
+
+
+@pytest.mark.parametrize("scope", ["cluster", "pool:all", "node:a"])
+@pytest.mark.parametrize("mode", [Mode.ADVISORY, Mode.PAUSED])
+def test_nothing_in_the_scope_is_touched(scope: str, mode: Mode) -> None:
+    bench = serving()
+    assert any(isinstance(effect, ApplyClocks) for effect in tick(bench))
+    order(bench, SetMode(scope, mode))
+    before = len(bench.decisions)
+    effects = tick(bench) + tick(bench) + bench.send(Tick(Level.POOL)) + bench.send(Tick(Level.CLUSTER))
+    assert not [effect for effect in effects if isinstance(effect, TOUCHING)]
+    decided = [d for step in bench.steps for d in step.decisions][before:]
+    if mode is Mode.ADVISORY:
+        clocks = [d for d in decided if d.level is Level.INSTANCE]
+        assert clocks, "it goes on deciding"
+        assert {d.mode for d in clocks} == {Mode.ADVISORY}
+    elif scope == "cluster":
+        assert decided == []
+    order(bench, SetMode(scope, Mode.ACTIVE))
+    assert any(isinstance(effect, ApplyClocks) for effect in tick(bench)), "and takes it up again"
+
+
+def test_a_paused_node_leaves_its_neighbour_alone() -> None:
+    bench = serving(nodes=2)
+    order(bench, SetMode("node:a", Mode.PAUSED))
+    locked = [effect.node_id for effect in tick(bench) if isinstance(effect, ApplyClocks)]
+    assert locked == ["b"]
+
+
+def test_advice_never_drains_an_instance_out_of_the_routing() -> None:
+    """Without its drain being carried out it would serve nobody and cost all the same."""
+    bench = serving()
+    order(bench, SetMode("cluster", Mode.ADVISORY))
+    (only,) = bench.instances["a"]  # type: ignore[attr-defined]
+    stranger = replace(only, instance_id="stranger", gpu_uuids=(), endpoint="http://stranger")
+    effects = bench.see("a", only, stranger)
+    assert not [effect for effect in effects if isinstance(effect, TOUCHING)]
+    tables = [effect.table for effect in effects if isinstance(effect, PublishRouting)]
+    assert all(i.accepts_new for table in tables for pool in table.pools for i in pool.instances)
+    assert {i.instance_id for pool in tables[-1].pools for i in pool.instances} == {only.instance_id, "stranger"}
+
+
+def test_advisory_predicts_again_and_again_against_what_really_runs() -> None:
+    """A whole run in which nothing may be changed: plans are made, compared with what stands, and never carried out."""
+    core = Ordered(SETTINGS, PROFILE, term=1, expected_nodes=2)
+    core.give([(12.0, SetMode("cluster", Mode.ADVISORY))])
+    core.keep_journal(lambda _: None)
+    fleet = VirtualFleet(core, Physics.load(), 2, FleetTimes(start_s=3.5))
+    result = fleet.run(generate("conv", 60.0, 2.0, 1), start_s=8.0)
+    touched = [at_s for at_s, effect in result.effects if isinstance(effect, TOUCHING) and at_s > 12.0]
+    assert touched == []
+    assert all(request.finished_s is not None for request in result.requests)
+    later = [d for d in result.decisions if d.level is Level.POOL and d.decided_at_s > 1_700_000_030]
+    assert len(later) >= 6
+    assert all(d.mode is Mode.ADVISORY for d in later)
+    standing = {i.instance_id for seen in result.observations[-2:] for i in seen.instances}
+    assert {i.instance_id for i in core.state.layout.instances} == standing
+
+
+def test_planning_at_once_asks_every_level() -> None:
+    bench = serving()
+    before = len(bench.decisions)
+    order(bench, PlanNow("operator"))
+    found = [d for step in bench.steps for d in step.decisions][before:]
+    assert "operator" in {d.trigger for d in found if d.level is Level.CLUSTER}
+
+
+def test_a_plan_is_not_asked_for_while_paused() -> None:
+    bench = serving()
+    order(bench, SetMode("cluster", Mode.PAUSED))
+    before = len(bench.decisions)
+    order(bench, PlanNow("operator"))
+    assert len(bench.decisions) == before
+
+
+def test_orders_reach_a_core_without_a_journal_alike() -> None:
+    settings = LoopSettings(model=MODEL, initial_rps={RequestClass.parse("MS"): 1.0})
+    core = JournaledCore(settings, synthetic_profile(), term=1, expected_nodes=1)
+    core.keep_journal(lambda _: None)
+    core.order(Instant(0.0, 1e9), SetMode("cluster", Mode.PAUSED))
+    assert core.state.mode is Mode.PAUSED
