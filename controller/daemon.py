@@ -26,7 +26,7 @@ from controller.api.metrics import ControllerMetrics, serve_metrics
 from controller.api.routing_hub import RoutingHub
 from controller.api.service import ControllerService
 from controller.config import ControllerConfig
-from controller.domain.reasons import Mode
+from controller.domain.reasons import Level, Mode
 from controller.fleet.grpc import AgentClient
 from controller.housekeeping import keep_house
 from controller.leading import LeadKeeper, take_lead
@@ -81,7 +81,7 @@ async def serve(config: ControllerConfig) -> None:
         engine = open_engine(config.database_url)
         held.callback(engine.dispose)
         require_current(engine)
-        keeper = await take_lead(config.database_url, holder, stop, _stand_by)
+        keeper = await take_lead(config.database_url, holder, stop, _stand_by, _alive)
         if keeper is None:
             return
         recorder = open_recorder(config.database_url, config.spool_dir)
@@ -114,8 +114,15 @@ async def _run(
     hub = RoutingHub()
     agents: dict[str, AgentClient] = {}
     standing = standing_orders(engine, clock.wall_s())
-    metrics = ControllerMetrics(core.state, recorder.counts, lambda: runtime.missed_ticks)
-    runtime = Runtime(core, agents, hub, recorder.record, clock, config.telemetry_window_s, metrics.decided, keeper)
+    metrics = ControllerMetrics(core.state, recorder.counts, lambda: runtime.missed_ticks, clock.monotonic_s)
+
+    def ticked(level: Level, seconds: float) -> None:
+        metrics.ticked(level, seconds)
+        _alive()
+
+    runtime = Runtime(
+        core, agents, hub, recorder.record, clock, config.telemetry_window_s, metrics.decided, keeper, metrics.ticked
+    )
     runtime.restore(standing)
     for agent in config.agents:
         agents[agent.node_id] = AgentClient(
@@ -182,6 +189,10 @@ def _keep_journal(core: JournaledCore, recorder: Recorder, open_frame: Path) -> 
         recorder.record(left)
         _log.info("inputs_recovered", term=left.term, frame=left.number, lines=len(left.lines))
     core.keep_journal(recorder.record, open_frame)
+
+
+def _alive() -> None:
+    notify("WATCHDOG=1")
 
 
 def _stand_by(whom: str) -> None:

@@ -38,10 +38,12 @@ _PATIENCE_S = 2.0
 T = TypeVar("T")
 
 
-async def take_lead(url: str, holder: str, stop: asyncio.Event, on_standby: Callable[[str], None]) -> LeadKeeper | None:
+async def take_lead(
+    url: str, holder: str, stop: asyncio.Event, on_standby: Callable[[str], None], alive: Callable[[], None]
+) -> LeadKeeper | None:
     """The lead, as soon as it is free; None when `stop` was set first. Raises UserError on SQLite when it is not free.
 
-    `on_standby` is told whom it waits for, whenever that changes.
+    `on_standby` is told whom it waits for, whenever that changes; `alive` is called with every look.
     """
     engine = open_engine(url, patience_s=_PATIENCE_S)
     single = engine.dialect.name == "sqlite"
@@ -49,6 +51,7 @@ async def take_lead(url: str, holder: str, stop: asyncio.Event, on_standby: Call
     failed_s = float("-inf")
     while not stop.is_set():
         asked_s = time.monotonic()
+        alive()
         try:
             if time.monotonic() - failed_s < GRACE_S:
                 await _within(_PATIENCE_S * 3, _in_thread(lambda: leader(engine)))

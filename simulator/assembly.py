@@ -91,6 +91,14 @@ def _output_bucket_accuracy(classes: NDArray[np.int64]) -> float:
     return right / len(classes)
 
 
+def _predictor(study: Study, facts: Mapping[str, Any]) -> dict[str, Any]:
+    if study.predictor_accuracy is not None:
+        method = "a predictor of that accuracy, wrong guesses spread evenly; input buckets are exact"
+        return {"output_bucket_accuracy": study.predictor_accuracy, "method": method}
+    method = f"the {QUANTILE:.0%} quantile of earlier outputs of the same input bucket; input buckets are exact"
+    return {"output_bucket_accuracy": facts["output_bucket_accuracy"], "method": method}
+
+
 def assemble(
     study: Study,
     load: Load,
@@ -140,11 +148,7 @@ def assemble(
         "start_s": study.start_s,
         "slo": asdict(profile.slo),
         "pools": {name: sorted(str(c) for c in profile.group(name).classes) for name in pools},
-        "predictor": {
-            "output_bucket_accuracy": facts["output_bucket_accuracy"],
-            "method": f"the {QUANTILE:.0%} quantile of earlier outputs of the same input bucket; input buckets are"
-            " exact",
-        },
+        "predictor": _predictor(study, facts),
         "assumptions": {
             "parked_w": profile.parked_w,
             "carbon_g_per_kwh": float(np.mean(study.carbon.values)),

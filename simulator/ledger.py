@@ -19,9 +19,10 @@ seed over the same requests, and gives one JSON value. Its schema (`DIR/result.j
     pools           {pool: [classes]} of the systems with pools
     predictor       {output_bucket_accuracy, method}: how often routing knows a request's output bucket
     energy_table    see simulator/energy_table.py; null where it was not asked for
-    sensitivity     {u|start_s|physics|mismatch|pools: [{value, headline, k, u, k_max, bound_saved_parked, systems:
-                    {name: {saved_off, saved_parked, energy_parked_kwh, attainment, attainment_overall, meets_slo,
-                    ttft_p99_ms, gap_p99_ms, mean_gpus, switches, spread}}}]}: one option varied, all else as here
+    sensitivity     {u|start_s|physics|mismatch|predictor_accuracy|pools: [{value, headline, k, u, k_max,
+                    bound_saved_parked, systems: {name: {saved_off, saved_parked, energy_parked_kwh, attainment,
+                    attainment_overall, meets_slo, ttft_p99_ms, gap_p99_ms, mean_gpus, switches, spread}}}]}: one option
+                    varied, all else as here
     assumptions     {parked_w, carbon_g_per_kwh, price_per_kwh, host_w: [empty, full], ...}: constants behind it
     notes           sentences that belong beside the figures
     bound_saved_off, bound_saved_parked   the clairvoyant bound against SinglePool, means over seeds; null without it
@@ -67,7 +68,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -106,6 +107,7 @@ class _Common:
     mismatch: float
     start_s: float
     pools: int | None
+    accuracy: float | None
     profile: Profile
     table: BoundTable | None
 
@@ -150,6 +152,7 @@ def run_on(workers: Workers, study: Study, progress: Progress | None = None) -> 
         mismatch=study.mismatch,
         start_s=study.start_s,
         pools=study.pools,
+        accuracy=study.predictor_accuracy,
         profile=profile,
         table=table,
     )
@@ -168,7 +171,9 @@ def run_on(workers: Workers, study: Study, progress: Progress | None = None) -> 
 
 def _largest(study: Study, profile: Profile) -> LargestLoad:
     load, physics = _load(study.source, study.columns), study.world
-    parts = [load.digest, study.nodes, study.seed, profile.checksum(), asdict(profile.slo)]
+    # How long a start takes is no matter to a fleet that never starts anything.
+    measured = replace(profile, starts={}).checksum()
+    parts = [load.digest, study.nodes, study.seed, measured, asdict(profile.slo)]
     value = cached_json(
         study.cache / "k-max",
         "k-max",
@@ -236,7 +241,7 @@ def _job(common: _Common, name: str, seed: int) -> dict[str, Any]:
         run = run_reactive(profile, physics, nodes, trace, common.largest, times=times, seed=seed)
     else:
         system = SYSTEMS[name] if common.pools is None else with_pools(SYSTEMS[name], common.pools)
-        run = run_system(system, profile, physics, nodes, trace, times=times, seed=seed)
+        run = run_system(system, profile, physics, nodes, trace, times=times, seed=seed, accuracy=common.accuracy)
     return {"figures": figures(run, profile.slo, profile.scheme), "series": run.series}
 
 

@@ -211,6 +211,7 @@ def run_loop(
     times: FleetTimes,
     seed: int,
     choices: int | None = None,
+    accuracy: float | None = None,
 ) -> SystemRun:
     """The whole trace under one controller. The fleet is given the time of two rounds of starts to stand ready."""
     # Between two observations of the nodes, and not at a tick's own instant.
@@ -228,6 +229,7 @@ def run_loop(
         times=times,
         gpus_per_node=settings.gpus_per_node,
         choices=choices,
+        accuracy=accuracy,
         seed=seed,
         sparse=True,
         on_decision=_forget,

@@ -13,7 +13,7 @@ from simulator.study import Study
 from simulator.workers import Workers, open_workers
 
 # Options that may have several values, by their name in `Study`.
-SWEPT = ("u", "start_s", "physics", "mismatch", "pools")
+SWEPT = ("u", "start_s", "physics", "mismatch", "pools", "predictor_accuracy")
 _KEPT = (
     "saved_off",
     "saved_parked",
@@ -27,7 +27,7 @@ _KEPT = (
     "switches",
 )
 # Measured again for each value, its columns would take longer than all the rest.
-_SAME_BOUND = ("u", "start_s", "pools")
+_SAME_BOUND = ("u", "start_s", "pools", "predictor_accuracy")
 
 
 def run_sweeps(study: Study, values: Mapping[str, Sequence[Any]], progress: Progress | None = None) -> dict[str, Any]:

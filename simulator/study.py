@@ -35,7 +35,8 @@ MOST_MISMATCH = 0.5
 class Study:
     """What is compared. `systems` may be any of ALL_SYSTEMS; SinglePool runs in any case. `physics` as in
     `Physics.from_text`; `columns` says how to read a log that is no Azure trace; `pools` holds the systems with pools
-    to that many; `ray` is the address of a cluster."""
+    to that many; `predictor_accuracy` gives routing a predictor that knows the output bucket of so many requests;
+    `ray` is the address of a cluster."""
 
     source: str
     nodes: int = 12
@@ -48,6 +49,7 @@ class Study:
     mismatch: float = 0.0
     start_s: float = 180.0
     pools: int | None = None
+    predictor_accuracy: float | None = None
     columns: LogColumns | None = None
     energy_table: bool = True
     cache: Path = Path(".cache")
@@ -67,6 +69,8 @@ class Study:
             raise UserError(
                 f"A mismatch of {self.mismatch:g} is beyond reason.", f"Use at most {MOST_MISMATCH:g}, either way."
             )
+        if self.predictor_accuracy is not None and not 0 <= self.predictor_accuracy <= 1:
+            raise UserError("The accuracy of a predictor is a share.", "Use a number from 0 to 1, or none.")
         if self.pools is not None and self.pools not in PARTITIONS_BY_POOLS:
             known = ", ".join(str(number) for number in PARTITIONS_BY_POOLS)
             raise UserError(

@@ -120,9 +120,21 @@ def run_system(
     times: FleetTimes,
     seed: int,
     choices: int | None = None,
+    accuracy: float | None = None,
 ) -> SystemRun:
     settings = settings_of(system, profile, nodes, trace, times)
-    return run_loop(RecordedCore, settings, profile, physics, nodes, trace, times=times, seed=seed, choices=choices)
+    return run_loop(
+        RecordedCore,
+        settings,
+        profile,
+        physics,
+        nodes,
+        trace,
+        times=times,
+        seed=seed,
+        choices=choices,
+        accuracy=accuracy,
+    )
 
 
 def expected_rps(trace: Trace, profile: Profile) -> dict[RequestClass, float]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Container, Iterable
+from collections.abc import AsyncIterator, Callable, Container
 from dataclasses import asdict
 from typing import Any
 
 import grpc
 from sqlalchemy import Engine
 
+from controller.api.figures import pool_figures, power_w, predicted_power_w
 from controller.api.routing_hub import RoutingHub
 from controller.api.wire import MODE_OF, MODES, latencies_from_wire, loads_from_wire, routing_to_wire, timestamp
-from controller.domain.classes import RequestClass
 from controller.domain.decision import canonical_json
 from controller.domain.reasons import Level, Mode
 from controller.explain import explain
@@ -21,7 +21,6 @@ from controller.loop.orders import CLUSTER_SCOPE, NODE_PREFIX, POOL_PREFIX, Plan
 from controller.loop.runtime import Runtime
 from controller.loop.snapshot import take
 from controller.loop.state import State
-from controller.policy.stabilise import price
 from controller.preview import preview
 from controller.store.recorder import RecorderCounts
 from controller.store.records import OrderKind
@@ -219,63 +218,26 @@ class ControllerService(rpc.ControllerServicer):
                     else 0,
                     running=instance.running,
                     waiting=instance.waiting,
-                    power_w=_power_w(state, node_id, instance.gpu_uuids),
+                    power_w=power_w(state, node_id, instance.gpu_uuids),
                 )
             )
-        now_s = self._monotonic_s()
-        rates = state.load.rates_rps(now_s, state.settings.load_window_s) or {}
-        queues = state.load.queues()
         return [
             pb.PoolStatus(
-                name=name,
+                name=figures.name,
                 model=state.settings.model,
-                classes=sorted(str(c) for c in plan.group.classes),
-                granted_gpus=plan.granted_gpus,
-                instances=by_pool[name],
-                request_rate=sum(rates.get(c, 0.0) for c in plan.group.classes),
-                mode=MODES[state.mode_of(name, "")],
-                power_w=_sum_known(item.power_w for item in by_pool[name] if item.HasField("power_w")),
-                planned_rate=plan.demand_rps,
-                capacity_rate=sum(
-                    state.fit.max_rate_rps(name, item.tensor_parallel)
-                    for item in by_pool[name]
-                    if item.state == types.INSTANCE_STATE_READY
-                ),
-                slo_attainment=slo_attainment(state, plan.group.classes, now_s),
-                queued=queues[name].waiting if name in queues else 0,
+                classes=sorted(str(c) for c in state.pools[figures.name].group.classes),
+                granted_gpus=figures.granted_gpus,
+                instances=by_pool[figures.name],
+                request_rate=figures.request_rate,
+                mode=MODES[state.mode_of(figures.name, "")],
+                power_w=figures.power_w,
+                planned_rate=figures.planned_rate,
+                capacity_rate=figures.capacity_rate,
+                slo_attainment=figures.slo_attainment,
+                queued=figures.queued,
             )
-            for name, plan in sorted(state.pools.items())
+            for figures in pool_figures(state, self._monotonic_s())
         ]
-
-
-def slo_attainment(state: State, classes: Container[RequestClass], now_s: float) -> float | None:
-    """Share of the requests in SLO of those that ended within the last pool period; None when none did."""
-    ended = in_slo = 0
-    for windows in state.load.by_gateway(now_s, state.settings.pool_s).values():
-        for window in windows:
-            for request_class, counts in window.classes.items():
-                if request_class in classes:
-                    ended += counts.completed + counts.failed
-                    in_slo += counts.in_slo
-    return in_slo / ended if ended else None
-
-
-def predicted_power_w(state: State, now_s: float) -> float | None:
-    """What the wanted layout was planned to draw, with its empty GPUs; None before the first plan."""
-    if not state.pools:
-        return None
-    demand = {name: plan.demand_rps for name, plan in state.pools.items()}
-    return price(state.fit, state.layout.counts(), demand, state.usable_gpus(now_s)).power_w
-
-
-def _power_w(state: State, node_id: str, gpu_uuids: Iterable[str]) -> float | None:
-    wanted = set(gpu_uuids)
-    return _sum_known(g.power_w for g in state.nodes[node_id].gpus if g.uuid in wanted and g.power_w is not None)
-
-
-def _sum_known(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return sum(known) if known else None
 
 
 def _modes(state: State) -> list[pb.ScopeMode]:

@@ -30,6 +30,7 @@ from controller.cli.shared import (
     print_json,
 )
 from controller.cli.simulate import simulate
+from controller.cli.top import top
 from controller.domain.reasons import Level
 from dynamollm.v1 import controller_pb2 as pb
 from dynamollm.v1 import types_pb2 as types
@@ -53,7 +54,7 @@ GROUPS = (
 )
 for name, group in GROUPS:
     app.add_typer(group, name=name)
-for command in (simulate, mode, plan, replay, savings):
+for command in (simulate, top, mode, plan, replay, savings):
     app.command()(command)
 pool.command("list")(pool_list)
 node_commands.mount(node)

@@ -35,6 +35,9 @@ def simulate(
     pools: Annotated[str, typer.Option(help="Hold the pools to this many; auto: as each system does." + _SEVERAL)] = (
         "auto"
     ),
+    predictor_accuracy: Annotated[
+        str, typer.Option(help="Give routing a predictor that knows this share of output buckets." + _SEVERAL)
+    ] = "none",
     columns: Annotated[
         str | None,
         typer.Option(help="Columns or JSON keys of your own log: arrival=NAME,input=NAME,output=NAME[,unit=s|ms]."),
@@ -69,6 +72,9 @@ def simulate(
         "physics": _several("--physics", physics, str),
         "mismatch": _several("--mismatch", mismatch, float),
         "pools": _several("--pools", pools, lambda text: None if text == "auto" else int(text)),
+        "predictor_accuracy": _several(
+            "--predictor-accuracy", predictor_accuracy, lambda text: None if text == "none" else float(text)
+        ),
     }
     options = {
         "--trace": trace,
@@ -81,6 +87,7 @@ def simulate(
         "--mismatch": mismatch,
         "--start-s": start_s,
         "--pools": pools,
+        "--predictor-accuracy": predictor_accuracy,
         "--carbon-g-per-kwh": carbon,
         "--price-per-kwh": price,
         **({"--columns": columns} if columns else {}),
@@ -104,7 +111,11 @@ def simulate(
         command=shlex.join(command if bound else [*command, "--no-bound"]),
     )
     if out is not None:
-        _make_folder(out)  # before minutes of work, not after
+        from simulator.report import page_maker
+
+        # Before minutes of work, not after.
+        page_maker()
+        _make_folder(out)
     bars = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*bars, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=None)

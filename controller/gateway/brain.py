@@ -21,8 +21,10 @@ from controller.domain.slo import Slo
 from controller.fleet.port import QueueObservation, RoutedInstance, RoutedPool, RoutingTable
 from controller.gateway.asked import Asked
 from controller.gateway.classify import Classified, Classifier
+from controller.gateway.client import InstanceNow
 from controller.gateway.dispatcher import Dispatcher, QueuedRequest
 from controller.gateway.energy import EnergyShares
+from controller.gateway.foreign import ForeignLoad
 from controller.gateway.load import LoadMeter
 from controller.gateway.tokens import CachedShare, TokenCounter
 from controller.policy.routing import pick, pools_for
@@ -93,11 +95,37 @@ class Brain:
         self._counter = counter
         self._cached = CachedShare()
         self._ids = itertools.count(1)
+        self._foreign = ForeignLoad()
+        self._others: dict[str, int] = {}  # requests of others at each instance
+        self._table: RoutingTable | None = None  # as published
         self._takers: dict[str, Callable[[RoutedInstance], None]] = {}
 
     def update_routing(self, table: RoutingTable) -> None:
         if table.scheme != self._classifier.scheme:
             self._classifier.use_scheme(table.scheme)
+        self._table = table
+        self._apply()
+
+    def status(self, instances: Sequence[InstanceNow], now_s: float) -> None:
+        """What the controller knows of the instances: power for the joules, and whose requests they hold."""
+        self.energy.powers({each.instance_id: each.power_w for each in instances if each.power_w is not None}, now_s)
+        others = self._foreign.seen(
+            {each.instance_id: each.requests for each in instances if each.requests is not None}
+        )
+        if others != self._others:
+            self._others = others
+            self._apply()
+
+    def sweep(self) -> None:
+        """To be called several times a second."""
+        self._foreign.ours(Counter(self.dispatcher.in_flight()) + Counter(self.overflow.in_flight()))
+        self.pump()
+
+    def _apply(self) -> None:
+        """Takes the table into use, with the room that others have left in it."""
+        if self._table is None:
+            return
+        table = _less(self._table, self._others)
         self.dispatcher.update_routing(table)
         self.overflow.update_routing(_beyond(table, self._overcommit))
         self.pump()
@@ -276,6 +304,26 @@ class Brain:
             self.outgrew(ticket)
         self.predictions[ticket.classified.source, _verdict(ticket.classified.likely, true_class.output)] += 1
         return true_class
+
+
+def _less(table: RoutingTable, others: Mapping[str, int]) -> RoutingTable:
+    """The same table with limits lowered by what others hold. One request is always allowed: an instance that could
+    take none would never show that the figures are wrong."""
+    if not others:
+        return table
+    return replace(
+        table,
+        pools=tuple(
+            replace(
+                pool,
+                instances=tuple(
+                    replace(each, max_in_flight=max(1, each.max_in_flight - others.get(each.instance_id, 0)))
+                    for each in pool.instances
+                ),
+            )
+            for pool in table.pools
+        ),
+    )
 
 
 def _beyond(table: RoutingTable, overcommit: float) -> RoutingTable:

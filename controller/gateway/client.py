@@ -7,7 +7,8 @@ restarted controller's empty table, published before it has read its nodes, does
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import grpc
 
@@ -32,7 +33,7 @@ _CHANNEL_OPTIONS = [
 ]
 RETRY_S = (0.2, 2.0)
 REPORT_DEADLINE_S = 2.0
-POWER_INTERVAL_S = 5.0
+STATUS_INTERVAL_S = 5.0
 
 
 def supersedes(new: RoutingTable, old: RoutingTable | None) -> bool:
@@ -49,9 +50,27 @@ def supersedes(new: RoutingTable, old: RoutingTable | None) -> bool:
     return new.version >= old.version
 
 
+@dataclass(frozen=True, slots=True)
+class InstanceNow:
+    """What the controller knows of an instance at this moment. None: not known."""
+
+    instance_id: str
+    power_w: float | None
+    requests: float | None  # at the engine, running or waiting
+
+
+def _instance_now(message: pb.InstanceStatus) -> InstanceNow:
+    known = message.HasField("running") and message.HasField("waiting")
+    return InstanceNow(
+        message.instance_id,
+        message.power_w if message.HasField("power_w") else None,
+        message.running + message.waiting if known else None,
+    )
+
+
 class ControllerClient:
     """Keeps `on_table` informed and the controller too. `models` and `queues` are asked at each report;
-    `on_powers` takes watts by instance."""
+    `on_status` takes what the controller knows of the instances."""
 
     def __init__(
         self,
@@ -64,7 +83,7 @@ class ControllerClient:
         on_table: Callable[[RoutingTable], None],
         models: Callable[[], Iterable[str]],
         queues: Callable[[float], Mapping[str, QueueObservation]],
-        on_powers: Callable[[Mapping[str, float], float], None],
+        on_status: Callable[[Sequence[InstanceNow], float], None],
     ) -> None:
         self.connected = False
         self.reports_failed = 0
@@ -76,7 +95,7 @@ class ControllerClient:
         self._on_table = on_table
         self._models = models
         self._queues = queues
-        self._on_powers = on_powers
+        self._on_status = on_status
         self._table: RoutingTable | None = None
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = rpc.ControllerStub(self._channel)
@@ -87,7 +106,7 @@ class ControllerClient:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch())
                 group.create_task(self._report())
-                group.create_task(self._follow_power())
+                group.create_task(self._follow_status())
         finally:
             await self._channel.close()
 
@@ -145,16 +164,17 @@ class ControllerClient:
                     _log.warning("load_report_failed", reason=f"{error.code().name}: {error.details()}")
                 told = True
 
-    async def _follow_power(self) -> None:
-        """What each instance draws, now and then. A controller that does not say costs the joules, nothing else."""
+    async def _follow_status(self) -> None:
+        """What each instance draws and holds, now and then. A controller that does not say costs the joules and the
+        sight of others' work, nothing else."""
         while True:
             try:
                 status = await self._stub.GetStatus(pb.GetStatusRequest(), timeout=REPORT_DEADLINE_S)
-                instances = (each for pool in status.pools for each in pool.instances if each.HasField("power_w"))
-                self._on_powers({each.instance_id: each.power_w for each in instances}, self._clock.monotonic_s())
+                instances = [_instance_now(each) for pool in status.pools for each in pool.instances]
+                self._on_status(instances, self._clock.monotonic_s())
             except grpc.aio.AioRpcError as error:
-                _log.debug("power_not_known", reason=f"{error.code().name}: {error.details()}")
-            await asyncio.sleep(POWER_INTERVAL_S)
+                _log.debug("status_not_known", reason=f"{error.code().name}: {error.details()}")
+            await asyncio.sleep(STATUS_INTERVAL_S)
 
     def report(self) -> pb.ReportLoadRequest:
         """All counters as they stand."""

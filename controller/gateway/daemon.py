@@ -104,7 +104,7 @@ async def run(config: GatewayConfig, listener: socket.socket) -> None:
         take,
         brain.models,
         brain.queues,
-        brain.energy.powers,
+        brain.status,
     )
     if (last := snapshot.load()) is not None:
         # Routed by until the controller sends the first of its own; stale instances fail over.

@@ -63,7 +63,7 @@ class Relay:
     def sweep(self) -> None:
         """Periodic: gives up silent answers and wakes what waited for a suspect instance."""
         self.upstreams.abort_silent(self._limits.silent_s)
-        self.brain.pump()
+        self.brain.sweep()
 
     async def serve(self, inbound: Inbound, client: Client) -> None:
         """Brings one request to its end. Raises Refusal as long as nothing was written to the client; cancelling the
@@ -113,6 +113,7 @@ class Relay:
                     self.upstreams.release(instance.endpoint, answer)
             except UpstreamFailed as error:
                 failure = str(error)
+                self.brain.stops(ticket)
                 _log.warning("engine_failed", instance=instance.instance_id, endpoint=instance.endpoint, reason=failure)
                 dispatcher.fail_over(ticket.id, self._clock.monotonic_s())
         raise Refusal(

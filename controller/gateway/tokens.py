@@ -2,7 +2,7 @@
 configured, else by a ratio of bytes per token that the engines' counts calibrate.
 
 A tokenizer needs about a microsecond a token, so a long prompt would take longer than the whole decision may. Beyond
-`EXACT_CHARACTERS` three slices are counted and the prompt's own ratio carries the rest.
+`EXACT_CHARACTERS` a few slices are counted and the prompt's own ratio carries the rest.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from common.errors import UserError
 from controller.gateway.asked import Asked
 from controller.gateway.classify import TokenEstimator
 
-# Text up to this length is counted whole; of a longer one, as many characters in three slices.
-EXACT_CHARACTERS = 600
-SLICES = 3
+# Text up to this length is counted whole; of a longer one, as many characters in slices.
+EXACT_CHARACTERS = 750
+SLICES = 5
 # Share of the newest request in the running estimates.
 NEWEST = 0.05
 

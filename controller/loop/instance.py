@@ -26,7 +26,8 @@ from controller.fleet.port import (
 from controller.loop import modes, serving
 from controller.loop.planning import drop_from_layout, lay_out, say_counts
 from controller.loop.state import ActingStep, ChosenClock, PoolPlan, Turn, plan_json, rates_json
-from controller.policy.frequency import ClockChoice, InstanceLoad, choose_clock
+from controller.policy.frequency import ClockChoice, ClockSettings, InstanceLoad, choose_clock
+from controller.policy.idle import LONE_SHARE
 from controller.policy.routing import RoutableInstance, routed_pools
 from controller.policy.transition import (
     ActualInstance,
@@ -44,7 +45,7 @@ _WORKING = (InstanceState.READY, InstanceState.DRAINING)
 
 def tick(turn: Turn) -> None:
     """One fast tick: who serves, steps, routing, clocks."""
-    rates = serving.pool_rates(turn, turn.state.settings.load_window_s)
+    rates = serving.with_bursts(turn, serving.pool_rates(turn, turn.state.settings.load_window_s))
     serving.choose(turn, rates)
     reconcile(turn)
     _set_clocks(turn, rates)
@@ -230,8 +231,12 @@ def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
         _unlock_all(turn)
         return
     weights: dict[str, float] = {}
+    shares: dict[str, float] = {}  # by instance; looked up once per instance and tick, so it must not be searched for
     for pool in state.routing.pools if state.routing else ():
         weights[pool.name] = sum(instance.weight for instance in pool.instances if instance.accepts_new)
+        for routed in pool.instances:
+            if routed.accepts_new:
+                shares.setdefault(routed.instance_id, routed.weight)
     batches = _mean_batches(turn)
     for node in sorted(state.nodes.values(), key=lambda node: node.node_id):
         if state.is_stale(node.node_id, now_s):
@@ -247,7 +252,7 @@ def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
                 continue
             if state.mode_of(state.pool_of(instance), node.node_id) is Mode.PAUSED:
                 continue  # not decided on, so not renewed: its lock expires
-            mhz = _choose(turn, instance, pool_rates, weights, batches)
+            mhz = _choose(turn, instance, pool_rates, weights, shares, batches)
             if mhz is not None:
                 targets.append(ClockTarget(instance.gpu_uuids, mhz))
             elif had is not None and had.mhz is not None:
@@ -304,6 +309,7 @@ def _choose(
     instance: InstanceObservation,
     pool_rates: Mapping[str, float] | None,
     weights: Mapping[str, float],
+    shares: Mapping[str, float],
     batches: Mapping[tuple[str, int], float],
 ) -> int | None:
     """The clock for one instance, None for unlocked; records a decision when it changes."""
@@ -312,22 +318,17 @@ def _choose(
     had = state.clocks.get(instance.instance_id)
     rate: float | None = None
     if instance.state is InstanceState.READY and pool_rates is not None and pool in pool_rates:
-        weight = next(
-            (
-                routed.weight
-                for routed_pool in (state.routing.pools if state.routing else ())
-                for routed in routed_pool.instances
-                if routed.instance_id == instance.instance_id and routed.accepts_new
-            ),
-            0.0,
-        )
+        weight = shares.get(instance.instance_id, 0.0)
         rate = pool_rates[pool] * weight / weights[pool] if weights.get(pool) else 0.0
+        if weight and weight == weights[pool]:
+            rate /= LONE_SHARE
     running = instance.running
     if running is not None and serving.serves(state, instance):
         running = batches.get((pool, instance.tp), running)
     load = InstanceLoad(rate, running, instance.waiting, instance.kv_usage_ratio)
     full = state.profile.full_mhz
-    choice = choose_clock(state.fit, pool, instance.tp, load, (had.mhz or full) if had else None)
+    settings = ClockSettings(fill=state.settings.serve_fill)
+    choice = choose_clock(state.fit, pool, instance.tp, load, (had.mhz or full) if had else None, settings)
     standby = state.fit.standby(instance.tp)
     if instance.instance_id in state.standby and standby is not None and not instance.running and not instance.waiting:
         choice = ClockChoice(standby.mhz, Reason.IDLE, 0.0, standby.power_w, None, ())

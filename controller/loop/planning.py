@@ -6,7 +6,9 @@ Glue between the state and the pure policies; every choice itself is made in con
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import sqrt
 
 from controller.domain.classes import ALL_CLASSES, RequestClass
 from controller.domain.decision import Json, SolverReport
@@ -14,13 +16,20 @@ from controller.domain.layout import Layout
 from controller.fleet.port import HOLDS_GPUS, InstanceState
 from controller.loop.state import Instant, State
 from controller.policy.forecast import ForecastSettings, LoadWindow, RateForecast, combine, forecast
-from controller.policy.idle import keep_s
+from controller.policy.idle import LONE_SHARE, keep_s
 from controller.policy.milp.problem import PartitionResult, PlanProblem, PlanSolution, PoolDemand
 from controller.policy.placement import HeldInstance, Placed, place
 from controller.policy.stabilise import LayoutPrice, Verdict, price, starts_needed
 
 # A peak of the load is its mean over this long.
 PEAK_S = 60.0
+# Bursts are looked for between spans of this length, this far back.
+BURST_S = 5.0
+BURST_PAST_S = 900.0
+# Variance over mean of independent arrivals whose requests differ in work as those of a chat do; 1 where all are equal.
+INDEPENDENT = 2.5
+# Share of the GPUs that reserves may make the plan use: the rest is what whole instances leave over.
+RESERVED_GPUS = 0.85
 # Spread assumed around a configured initial load, for which nothing was measured yet.
 _COLD_STD_RATIO = 0.2
 _GONE = frozenset({InstanceState.STOPPED, InstanceState.FAILED, InstanceState.QUARANTINED})
@@ -129,7 +138,9 @@ def build_problem(
     """The MILP over `gpus` for each partition; pools ask for the forecast at the quantile, divided by the fill."""
     settings = state.settings
     partitions = tuple(partitions)
-    demands = tuple(tuple(_pool_demand(state, now, demand, pool) for pool in pools) for pools in partitions)
+    demands = tuple(
+        _within(state, gpus, [_pool_demand(state, now, demand, pool) for pool in pools]) for pools in partitions
+    )
     named = {pool for pools in partitions for pool in pools}
     current = {key: n for key, n in state.layout.counts().items() if key[0] in named}
     # Where the present layout is too small, what it has must not first make room for what would be better.
@@ -152,8 +163,25 @@ def build_problem(
     )
 
 
-def _pool_demand(state: State, now: Instant, demand: Demand, pool: str) -> PoolDemand:
-    """What a pool must be able to carry, and what it is expected to.
+def _within(state: State, gpus: int, asked: list[tuple[PoolDemand, float]]) -> tuple[PoolDemand, ...]:
+    """Demands whose reserve the GPUs may hold: where they may not, it shrinks to what they may, but never below the
+    forecast itself (the second of each pair). A reserve that nothing can hold must not make a fleet look too small."""
+
+    def needed(rates: Iterable[float]) -> float:
+        total = 0.0
+        for (demand, _), rate in zip(asked, rates, strict=True):
+            densest = max((state.fit.max_rate_rps(demand.pool, tp) / tp for tp in state.profile.tps), default=0.0)
+            total += rate / densest if densest > 0 else 0.0
+        return total
+
+    full, least = needed(d.rate_rps for d, _ in asked), needed(forecast for _, forecast in asked)
+    room = gpus * RESERVED_GPUS
+    share = 1.0 if full <= room or full <= least else max(0.0, (room - least) / (full - least))
+    return tuple(replace(d, rate_rps=forecast + share * max(0.0, d.rate_rps - forecast)) for d, forecast in asked)
+
+
+def _pool_demand(state: State, now: Instant, demand: Demand, pool: str) -> tuple[PoolDemand, float]:
+    """What a pool must be able to carry and is expected to; and what of that is forecast.
 
     With standby the peak of the recent past counts too: an instance that was needed then is kept for as long as that
     is cheaper than another start.
@@ -161,37 +189,62 @@ def _pool_demand(state: State, now: Instant, demand: Demand, pool: str) -> PoolD
     settings = state.settings
     rate_rps = demand.pool_rps(state, pool, settings.quantile)
     least = settings.fixed.get(pool, settings.min_instances)
+    if rate_rps > LONE_SHARE * max((state.fit.max_rate_rps(pool, tp) for tp in state.profile.tps), default=0.0):
+        least = max(least, 2)
     if not settings.knobs.standby:
-        return PoolDemand(pool, rate_rps / settings.fill, least)
+        return PoolDemand(pool, rate_rps / settings.fill, least), rate_rps / settings.fill
     tp = max(state.profile.tps, key=lambda tp: state.fit.max_rate_rps(pool, tp) / tp)
     peak_rps = _peak_rps(state, now, pool, demand.mean_tokens, keep_s(state.fit, pool, tp, state.start_j(tp)))
-    return PoolDemand(
-        pool,
-        max(rate_rps, peak_rps) / settings.fill,
-        least,
-        demand.expected_rps(state, pool) / settings.serve_fill,
-    )
+    reserve_rps = (max(rate_rps, peak_rps) + burst_rps(state, now, pool, demand.mean_tokens)) / settings.reserve_fill
+    expected_rps = demand.expected_rps(state, pool) / settings.serve_fill
+    return PoolDemand(pool, reserve_rps, least, expected_rps), rate_rps / settings.fill
+
+
+def burst_rps(state: State, now: Instant, pool: str, mean_tokens: Mapping[RequestClass, tuple[float, float]]) -> float:
+    """How far a pool's load may leave its mean within seconds, in equivalent requests/s; 0 for independent arrivals,
+    whose noise was there when the profile was measured."""
+    bins = _binned_rps(state, now, pool, mean_tokens, BURST_PAST_S, BURST_S)
+    if len(bins) < 3:
+        return 0.0
+    rates = [bins.get(number, 0.0) for number in range(max(bins) + 1)]
+    mean_rps = sum(rates) / len(rates)
+    # From one to the next, so that what changes slowly is no burst.
+    variance = sum((b - a) ** 2 for a, b in pairwise(rates)) / (len(rates) - 1) / 2
+    excess = variance - INDEPENDENT * mean_rps / BURST_S
+    return state.settings.burst_deviations * sqrt(max(0.0, excess))
 
 
 def _peak_rps(
     state: State, now: Instant, pool: str, mean_tokens: Mapping[RequestClass, tuple[float, float]], past_s: float
 ) -> float:
     """Largest minute mean of a pool's equivalent requests/s in the recent past."""
+    return max(_binned_rps(state, now, pool, mean_tokens, past_s, PEAK_S).values(), default=0.0)
+
+
+def _binned_rps(
+    state: State,
+    now: Instant,
+    pool: str,
+    mean_tokens: Mapping[RequestClass, tuple[float, float]],
+    past_s: float,
+    bin_s: float,
+) -> dict[int, float]:
+    """Means of a pool's equivalent requests/s over spans of `bin_s`, by their number from now backwards."""
     weights = {
         request_class: state.profile.request_weight(pool, request_class, mean_tokens.get(request_class))
         for request_class in state.profile.group(pool).classes
     }
-    minutes: dict[int, float] = {}
+    rates: dict[int, float] = {}
     for windows in state.load.by_gateway(now.monotonic_s, past_s).values():
         counted: dict[int, list[float]] = {}
         for window in windows:
-            minute = counted.setdefault(int((now.monotonic_s - window.end_s) // PEAK_S), [0.0, 0.0])
-            minute[0] += sum(weights[c] * counts.arrived for c, counts in window.classes.items() if c in weights)
-            minute[1] += window.seconds
+            span = counted.setdefault(int((now.monotonic_s - window.end_s) // bin_s), [0.0, 0.0])
+            span[0] += sum(weights[c] * counts.arrived for c, counts in window.classes.items() if c in weights)
+            span[1] += window.seconds
         for number, (arrived, seconds) in counted.items():
-            if seconds >= PEAK_S / 2:  # of less a mean says little
-                minutes[number] = minutes.get(number, 0.0) + arrived / seconds
-    return max(minutes.values(), default=0.0)
+            if seconds >= bin_s / 2:  # of less a mean says little
+                rates[number] = rates.get(number, 0.0) + arrived / seconds
+    return rates
 
 
 def demand_by_pool(problem: PlanProblem, pools: Iterable[str]) -> dict[str, float]:

@@ -94,6 +94,7 @@ class Runtime:
         telemetry_window_s: float,
         on_decision: Callable[[Decision], None] = lambda _: None,
         keeper: Keeper | None = None,
+        on_tick: Callable[[Level, float], None] = lambda _, __: None,
     ) -> None:
         settings, term = core.state.settings, core.state.term
         self._core = core
@@ -103,6 +104,8 @@ class Runtime:
         self._clock = clock
         self._on_decision = on_decision
         self._keeper = keeper
+        self._on_tick = on_tick
+        self._due_s: dict[Level, float] = {}
         self._events: asyncio.Queue[Event | _Ordered] = asyncio.Queue()
         self._orders = 0
         self._windows = WindowBook(term, settings.model, telemetry_window_s)
@@ -178,9 +181,9 @@ class Runtime:
         }
         for level, period_s in periods.items():
             self._scheduler.add_job(
-                self.sink,
+                self._due,
                 "interval",
-                args=[Tick(level)],
+                args=[level],
                 seconds=period_s,
                 id=level.value,
                 coalesce=True,
@@ -190,6 +193,10 @@ class Runtime:
             )
         self._scheduler.add_listener(self._tick_lost, EVENT_JOB_MISSED | EVENT_JOB_ERROR)
         self._scheduler.start()
+
+    def _due(self, level: Level) -> None:
+        self._due_s.setdefault(level, time.monotonic())
+        self._events.put_nowait(Tick(level))
 
     def _tick_lost(self, event: JobExecutionEvent) -> None:
         self.missed_ticks += 1
@@ -212,6 +219,9 @@ class Runtime:
                 self._begin(effect)
             if isinstance(event, Tick):
                 self._after_tick()
+                due_s = self._due_s.pop(event.level, None)
+                if due_s is not None:
+                    self._on_tick(event.level, time.monotonic() - due_s)
 
     def _observe(self, event: Event) -> None:
         match event:

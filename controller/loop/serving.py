@@ -15,12 +15,14 @@ from controller.domain.reasons import Level, Reason
 from controller.fleet.port import InstanceObservation, InstanceState
 from controller.loop import modes
 from controller.loop import pool as pool_manager
+from controller.loop.planning import BURST_PAST_S, burst_rps
 from controller.loop.state import PoolPlan, State, Turn
 from controller.policy.idle import Serving, choose_serving
 from controller.policy.routing import pools_for
 
 # Over which mean tokens of a request are taken: they change more slowly than its rate.
 TOKENS_S = 300.0
+BURST_EVERY_S = 60.0
 
 
 def serves(state: State, instance: InstanceObservation) -> bool:
@@ -51,6 +53,19 @@ def pool_rates(turn: Turn, window_s: float) -> dict[str, float] | None:
     }
 
 
+def with_bursts(turn: Turn, rates: Mapping[str, float] | None) -> dict[str, float] | None:
+    """The load that clocks and standby are chosen for: what is seen, and what a burst may add before the next tick."""
+    state, now = turn.state, turn.now
+    if rates is None or not state.settings.knobs.standby:
+        return None if rates is None else dict(rates)
+    if now.monotonic_s - state.burst_seen_s >= BURST_EVERY_S:
+        state.burst_seen_s = now.monotonic_s
+        tokens = state.load.mean_tokens(now.monotonic_s, BURST_PAST_S)
+        known = {group.name for group in state.profile.groups}
+        state.burst_rps = {pool: burst_rps(state, now, pool, tokens) for pool in sorted(rates) if pool in known}
+    return {pool: rate + state.burst_rps.get(pool, 0.0) for pool, rate in rates.items()}
+
+
 def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
     """Chooses for the time until the next tick, for the larger of the load just now (`rates`) and over the last minute:
     more serve soon, fewer later. Where the load is unknown, or requests wait for room, all serve, and so does whatever
@@ -74,7 +89,7 @@ def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
         waiting = queues[pool].waiting if pool in queues else 0
         if rates is None or steady is None or pool not in rates or waiting:
             continue
-        rate_rps = max(rates[pool], steady[pool])
+        rate_rps = max(rates[pool], steady[pool] + state.burst_rps.get(pool, 0.0))
         mine = sorted(ready.get(pool, ()), key=lambda i: (i.instance_id in state.standby, i.instance_id))
         there = Counter(instance.tp for instance in mine)
         now = Counter(instance.tp for instance in mine if instance.instance_id not in state.standby)

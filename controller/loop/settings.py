@@ -41,9 +41,15 @@ class LoopSettings:
     start_s: float = 180.0
     min_dwell_s: float = 60.0
     max_starts_at_once: int = 4
-    # Share of its largest load in SLO that an instance is filled to before one more is taken from standby: what is left
-    # absorbs what comes until the next tick.
-    serve_fill: float = 0.95
+    # The same share where instances may stand by: a reserve costs little then, and a load that rises faster than an
+    # instance starts finds it.
+    reserve_fill: float = 0.75
+    # Share of its largest load in SLO that an instance is filled to before one more is taken from standby, or a higher
+    # clock is chosen. That load keeps a margin below the measured knee already (profile/fit.py).
+    serve_fill: float = 1.0
+    # Deviations of the load from one five seconds to the next, beyond those of independent arrivals, that instances
+    # are kept serving for: a burst does not wait for the next tick.
+    burst_deviations: float = 6.0
     # The load that decides who stands by is the larger of that over `load_window_s` and over this window.
     serve_window_s: float = 60.0
     # Window for the load that clocks are chosen for, and the age from which an observation is stale, then lost.

@@ -99,6 +99,9 @@ class State:
     draining: set[str] = field(default_factory=set)
     # Ready instances that get no requests: the load does not need them now.
     standby: set[str] = field(default_factory=set)
+    # By pool: what bursts may add to the load within seconds, in equivalent requests/s; and when it was looked at last.
+    burst_rps: dict[str, float] = field(default_factory=dict)
+    burst_seen_s: float = float("-inf")
     asked_s: dict[str, float] = field(default_factory=dict)  # by pool: when it was last planned anew between periods
     # The layout was changed because the one before could not carry the demand: it may be reached through a gap.
     layout_forced: bool = False

@@ -28,6 +28,7 @@ class InstanceLoad:
 @dataclass(frozen=True, slots=True)
 class ClockSettings:
     min_saving_ratio: float = 0.02  # a lower clock must save at least this share of the present power
+    fill: float = 1.0  # share of a clock's largest load in SLO that it is chosen for (`LoopSettings.serve_fill`)
     kv_high_ratio: float = 0.9  # above it preemption is near: full clock
     # Requests waiting at the engine that count as a queue. One alone may just have come during an iteration.
     waiting_high: float = 2.0
@@ -73,7 +74,7 @@ def choose_clock(
         return _full(curves, rate, Reason.QUEUE_BUILDING)
     if load.kv_usage_ratio is not None and load.kv_usage_ratio >= settings.kv_high_ratio:
         return _full(curves, rate, Reason.OVER_CAPACITY)
-    powers = [_power_in_slo(curve, rate) for curve in curves]
+    powers = [_power_in_slo(curve, rate, settings.fill) for curve in curves]
     feasible = [i for i, power in enumerate(powers) if power is not None]
     if not feasible:
         return _full(curves, rate, Reason.OVER_CAPACITY)
@@ -103,8 +104,8 @@ def _effective_rate(curves: Sequence[Curve], load: InstanceLoad, current_mhz: in
     return rate
 
 
-def _power_in_slo(curve: Curve, rate_rps: float) -> float | None:
-    if curve.max_rate_rps <= 0 or rate_rps > curve.max_rate_rps:
+def _power_in_slo(curve: Curve, rate_rps: float, fill: float = 1.0) -> float | None:
+    if curve.max_rate_rps <= 0 or rate_rps > curve.max_rate_rps * fill:
         return None
     return curve.power_w(rate_rps)
 

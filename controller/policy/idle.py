@@ -15,7 +15,12 @@ from math import ceil, inf
 from controller.profile.fit import ProfileFit
 
 # An instance more (or less) must save this share of the pool's power: the estimate of the load moves all the time.
-LEAST_SAVING_RATIO = 0.02
+LEAST_SAVING_RATIO = 0.06
+
+
+# What an instance carries that serves a pool alone, as a share of its load in the profile: that is measured where
+# several share the load, and a request goes to the one that has no prompt to read just now.
+LONE_SHARE = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +43,10 @@ def choose_serving(
 ) -> Serving:
     """The instances of a pool that serve `rate_rps` with least power, out of `counts` by tp.
 
-    Each is filled up to the share `fill` of its largest load in SLO, at least `least` of them serve. For every order of
-    the kinds it takes as few as carry the load, then more while that saves power (a lower clock may). `current` stays
-    unless another choice saves clearly more. Too small a pool serves with all it has.
+    Each is filled up to the share `fill` of its largest load in SLO (one alone: of `LONE_SHARE` of that), at least
+    `least` of them serve. For every order of the kinds it takes as few as carry the load, then more while that saves
+    power (a lower clock may). `current` stays unless another choice saves clearly more. Too small a pool serves with
+    all it has.
     """
     there = {tp: n for tp, n in sorted(counts.items()) if n > 0}
     tops = {tp: fit.max_rate_rps(pool, tp) for tp in there}
@@ -50,7 +56,7 @@ def choose_serving(
         option = _priced(fit, pool, there, tops, chosen, rate_rps, fill)
         while (more := _one_more(there, option.counts, order)) is not None:
             wider = _priced(fit, pool, there, tops, more, rate_rps, fill)
-            if wider.power_w >= option.power_w:
+            if option.carries and wider.power_w >= option.power_w:
                 break
             option = wider
         if best is None or (not option.carries, option.power_w) < (not best.carries, best.power_w):
@@ -106,6 +112,8 @@ def _priced(
 ) -> Serving:
     """Those that serve share the load by capacity, as routing does; the others idle."""
     capacity_rps = sum(n * tops[tp] for tp, n in chosen.items())
+    if sum(chosen.values()) == 1:
+        capacity_rps *= LONE_SHARE
     ratio = rate_rps / capacity_rps if capacity_rps > 0 else (inf if rate_rps > 0 else 0.0)
     power_w = 0.0
     for tp, n in there.items():

@@ -31,7 +31,7 @@ FORM = "dynamollm-text-predictor/1"
 EDGES = (8, 16, 32, 64, 100, 150, 230, 350, 500, 750, 1100, 1600, 2400)
 BINS = len(EDGES) + 1
 HASH_BITS = 14
-WORDS = 320
+WORDS = 240
 _WORD = re.compile(r"\w+")
 
 

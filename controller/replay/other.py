@@ -126,7 +126,7 @@ def _run(
             1 for d in shadow.decisions if d.level is not Level.INSTANCE and d.outcome.get("counts") and _changed(d)
         )
         total.starts += shadow.starts
-        total.clock_changes += sum(1 for d in shadow.decisions if d.level is Level.INSTANCE)
+        total.clock_changes += sum(1 for d in shadow.decisions if "mhz" in d.outcome)
         gpu_s += shadow.gpu_s
         mhz_s += shadow.mhz_s
         serving_s += shadow.serving_s

@@ -19,6 +19,8 @@ MODULES = {
     "ledger": "simulator.bench.study",
     "planner": "simulator.bench.planner",
     "nodeagent": "tests.bench_nodeagent",
+    "controller": "tests.bench_controller",
+    "faults": "tests.bench_faults",
     "gateway": "tests.bench_gateway",
     "gateway-chaos": "tests.bench_gateway_chaos",
 }

@@ -81,7 +81,9 @@ class FastEngines:
     """Every instance of one model, the gateway before them and the requests of one trace.
 
     Arrivals count from `start_s`; the fleet's clock begins at 0. An instance is known by its row, which is free again
-    once it was removed. `router` is explained above; everything else is what the reference has by default.
+    once it was removed. Without `choices` a request goes to the least loaded of all instances, exactly; with it to the
+    least loaded of so many, drawn at random. With `accuracy` a predictor tells routing the output bucket of a request,
+    right that often. Everything else is what the reference has by default.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class FastEngines:
         *,
         start_s: float = 0.0,
         choices: int | None = None,
+        accuracy: float | None = None,
         seed: int = 0,
         slo: Slo | None = None,
         scheme: ClassScheme | None = None,
@@ -132,6 +135,8 @@ class FastEngines:
         fleet["max_waiting"] = MAX_WAITING
         fleet["prompt_tokens"] = PROMPT_TOKENS_PER_REQUEST
         fleet["quantile"], fleet["remembered"] = QUANTILE, REMEMBERED_REQUESTS
+        fleet["accuracy"] = -1.0 if accuracy is None else accuracy
+        fleet["predictor"] = np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0]
         fleet["input_cuts"], fleet["output_cuts"] = scheme.input_cuts_tokens, scheme.output_cuts_tokens
         fleet["ttft_ms"] = [slo.ttft_ms(bucket) for bucket in Bucket]
         fleet["ttft_s"] = [slo.ttft_ms(bucket) / 1e3 for bucket in Bucket]

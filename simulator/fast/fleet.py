@@ -96,7 +96,8 @@ class FastFleet:
     Arrivals count from `start_s`; the window opens `warm_up_s` later. `keep_observations` keeps every one, and every
     effect, as the reference does; a week holds too many. With `sparse`, nodes and load are observed once per instance
     tick, `telemetry_s` before it, which is when the tick's inputs were seen anyway; a start is reported at once either
-    way. Decisions are kept for the result, unless `on_decision` takes them. `choices` is that of `FastEngines`.
+    way. Decisions are kept for the result, unless `on_decision` takes them. `choices` and `accuracy` are those of
+    `FastEngines`.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class FastFleet:
         times: FleetTimes | None = None,
         gpus_per_node: int = 8,
         choices: int | None = None,
+        accuracy: float | None = None,
         seed: int = 0,
         sparse: bool = False,
         keep_observations: bool = False,
@@ -128,7 +130,14 @@ class FastFleet:
         self._keep = keep_observations
         profile = core.state.profile
         self.engines = FastEngines(
-            physics, trace, start_s=start_s, choices=choices, seed=seed, slo=profile.slo, scheme=profile.scheme
+            physics,
+            trace,
+            start_s=start_s,
+            choices=choices,
+            accuracy=accuracy,
+            seed=seed,
+            slo=profile.slo,
+            scheme=profile.scheme,
         )
         self._parked_w = physics.idle_w(physics.clocks_mhz[-1], context=False)
         self._nodes = {f"node-{i}": Node(f"node-{i}", self.engines, gpus_per_node) for i in range(nodes)}

@@ -124,7 +124,12 @@ def _arrive(
 ) -> None:
     bucket = _bucket(tokens_in, fleet.input_cuts)
     true_class = 3 * bucket + _bucket(tokens_out, fleet.output_cuts)
-    routing_class = _classify(bucket, tokens_in, fleet)
+    if fleet.accuracy < 0:
+        routing_class = _classify(bucket, tokens_in, fleet)
+    else:
+        routing_class = 3 * bucket + _predict(request, true_class % 3, fleet)
+        fleet.counters[routing_class, ARRIVED] += 1
+        fleet.counters[routing_class, INPUT_TOKENS] += tokens_in
     if fleet.queued >= fleet.max_waiting:
         _refuse(true_class, fleet)
         return
@@ -197,6 +202,20 @@ def _classify(bucket: int, tokens_in: int, fleet: Record) -> int:
     fleet.counters[3 * bucket + most, ARRIVED] += 1
     fleet.counters[3 * bucket + most, INPUT_TOKENS] += tokens_in
     return 3 * bucket + routing
+
+
+@part
+def _predict(request: int, true_bucket: int, fleet: Record) -> int:
+    """A predictor's output bucket for a request: the true one as often as its accuracy says, else one of the others.
+    Drawn from the request alone, so that every system hears the same (splitmix64)."""
+    state = np.uint64(request + 1) * np.uint64(0x9E3779B97F4A7C15) + fleet.predictor
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    drawn = np.int64(state >> np.uint64(11)) / 9007199254740992.0
+    if drawn < fleet.accuracy:
+        return true_bucket
+    return (true_bucket + (1 if drawn < (1.0 + fleet.accuracy) / 2 else 2)) % 3
 
 
 # ----------------------------------------------------------------------------------------- which instance

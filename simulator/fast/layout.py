@@ -160,6 +160,8 @@ FLEET = np.dtype(
         ("prompt_tokens", "f8"),  # without a first token yet, that weigh as one request
         ("quantile", "f8"),
         ("remembered", "f8"),
+        ("accuracy", "f8"),  # of a predictor of the output bucket; negative: none, routing goes by experience
+        ("predictor", "u8"),  # its seed
         ("input_cuts", "i8", (2,)),
         ("output_cuts", "i8", (2,)),
         ("ttft_s", "f8", (BUCKETS,)),

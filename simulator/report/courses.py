@@ -58,7 +58,7 @@ def clocks(result: Result) -> Figure | None:
             wide = 1.7 if name == "dynamollm" else 1.0
             axes.plot(at / unit, mhz, color=COLOURS[name], linestyle=line, linewidth=wide, label=label)
     axes.set_ylabel("MHz, mean over the pool's GPUs")
-    axes.set_ylim(600, 2060)
+    axes.margins(y=0.06)
     legend_above(axes, 5)
     return figure
 

@@ -195,7 +195,7 @@ def _sweep_caption(option: str) -> str:
         "physics": "Profile, k_max and simulation all run on the variant; +legacy is an engine without CUDA graphs.",
         "mismatch": "The profile is measured on the base physics, the fleet runs on GPUs that are off by that share.",
         "pools": "The systems with pools are held to that many; auto: the controller chooses between one and two.",
-        "predictor_accuracy": "",
+        "predictor_accuracy": "A predictor tells the output bucket at arrival, right that often; none: by experience.",
         "start_s": "Every start of an instance takes that long.",
     }
     return captions[option]

@@ -53,7 +53,7 @@ def sensitivity(result: Mapping[str, Any], option: str) -> Figure:
     right.set_ylabel("% (dashed: the SLO)")
     for axes in (left, right):
         axes.set_xlabel(label)
-        axes.set_xticks(places, [_said(point["value"]) for point in points])
+        axes.set_xticks(places, [_said(option, point["value"]) for point in points])
     _legend(figure, result, names, with_bound=any(bound is not None for bound in bounds))
     return figure
 
@@ -87,5 +87,8 @@ def _legend(figure: Figure, result: Mapping[str, Any], names: list[str], with_bo
     figure.legend(handles=handles, loc="outside upper left", ncols=min(6, ceil(len(handles) / 2)))
 
 
-def _said(value: object) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else "auto" if value is None else str(value)
+def _said(option: str, value: object) -> str:
+    """None: pools as each system has them, or no predictor."""
+    if value is None:
+        return "auto" if option == "pools" else "none"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

@@ -59,6 +59,9 @@ KEYS = {
 TOP = {"u", "k", "k_max", "seed", "profile", "bound_saved_off", "bound_saved_parked"}
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
 class Here:
     """Runs every job at once in this process, so that what is coarser here is coarser there."""
 

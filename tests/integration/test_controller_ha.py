@@ -1,4 +1,4 @@
-"""Two real controllers on a real Postgres, real agents on emulated hosts: who leads, when, and that nobody else acts."""
+"""Two real controllers on a real Postgres, real agents on emulated hosts: who leads when; nobody else acts."""
 
 from __future__ import annotations
 

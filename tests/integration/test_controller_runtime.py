@@ -110,6 +110,9 @@ def test_the_commands_for_people(ran: Ran) -> None:
     at = ("--controller", ran.controller.address)
     assert "term 2" in ran.cli("status", *at)
     assert "carries" in ran.cli("pool", "list", *at)
+    looked = ran.cli("top", "--once", *at)
+    assert "2 nodes, all fresh" in looked
+    assert "ready" in looked
     assert "predicted for the expected load" in ran.cli("plan", *at)
     pools = json.loads(ran.cli("pool", "list", "--json", *at))["pools"]
     assert all(pool["capacity_rate"] > 0 for pool in pools if pool["instances"])

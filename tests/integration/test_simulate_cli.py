@@ -18,6 +18,8 @@ from controller.cli.main import app
 from simulator.study import ALL_SYSTEMS
 from simulator.traces import generate
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
@@ -64,6 +66,38 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(cache, tr
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
+def test_every_option_with_several_values_is_swept_alone(cache, trace, tmp_path):
+    several = ("--start-s", "20,0", "--predictor-accuracy", "none,0.8", "--mismatch", "0,0.1", "--pools", "auto,1")
+    arguments = ("--trace", trace, "--systems", "dynamollm", "--no-bound", "--seeds", "1", "--out", str(tmp_path))
+    code, text = simulate(cache, *arguments, *several, "--json")
+    assert code == 0, text
+    result = json.loads(text)
+    swept = result["sensitivity"]
+    assert {option: [point["value"] for point in points] for option, points in swept.items()} == {
+        "start_s": [0, 20],
+        "predictor_accuracy": [None, 0.8],
+        "mismatch": [0, 0.1],
+        "pools": [None, 1],
+    }
+    for points in swept.values():
+        (own,) = [point for point in points if point["headline"]]
+        assert own["k"] == result["k"]
+        assert own["systems"]["dynamollm"]["saved_parked"] == result["systems"]["dynamollm"]["saved_parked"]
+    used = {
+        option: {point["value"]: point["systems"]["singlepool"]["energy_parked_kwh"] for point in points}
+        for option, points in swept.items()
+    }
+    # GPUs that are 10 % slower and hungrier carry 10 % less at u, and take more for it.
+    assert used["mismatch"][0.1] > 1.03 * used["mismatch"][0]
+    slow = next(point for point in swept["mismatch"] if not point["headline"])
+    assert slow["k_max"] < result["k_max"]
+    # SinglePool has no starts in the window, no pools, and routes by nothing but load.
+    for option in ("start_s", "predictor_accuracy", "pools"):
+        first, other = used[option].values()
+        assert first == pytest.approx(other, rel=1e-9), option
+    assert (tmp_path / "report.html").read_text().count("<svg") == 7 + len(swept)
+
+
 def test_a_local_ray_cluster_gives_the_same_bytes(cache, trace):
     pytest.importorskip("ray")
     arguments = ("--trace", trace, "--systems", "scalefreq", "--no-bound", "--json")
@@ -86,6 +120,7 @@ def test_without_ray_its_option_says_what_to_install(cache, trace, monkeypatch):
         (["--u", "0.6,nan"], "is no number"),
         (["--pools", "7"], "into 7 pools"),
         (["--mismatch", "3"], "beyond reason"),
+        (["--predictor-accuracy", "2"], "accuracy of a predictor"),
         (["--columns", "x"], "--columns x"),
         (["--physics", "none"], "no physics variant"),
     ],

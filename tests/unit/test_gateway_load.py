@@ -84,7 +84,7 @@ async def test_the_report_on_the_wire_says_the_same() -> None:
         lambda table: None,
         lambda: ["m"],
         lambda now_s: {"all": QueueObservation(4, 2, now_s)},
-        lambda power_w, now_s: None,
+        lambda instances, now_s: None,
     )
     report = client.report()
     (observation,) = loads_from_wire(report, observed_at_s=5.0)

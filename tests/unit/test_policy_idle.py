@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.policy.idle import choose_serving, keep_s, power_at, standby_w
+from controller.policy.idle import LONE_SHARE, choose_serving, keep_s, power_at, standby_w
 from controller.profile.fit import fit
 from controller.profile.table import IdlePoint
 from tests.synthetic_profile import synthetic_profile
@@ -19,10 +19,11 @@ FULL = FITTED.at_clock(1980)  # no lower clock that more instances could run at
 
 
 def test_a_light_load_is_served_by_few() -> None:
-    chosen = choose_serving(FITTED, "short", {4: 6}, 0.5 * TOP)
+    chosen = choose_serving(FULL, "short", {4: 6}, 0.5 * TOP)
     assert chosen.carries
     assert chosen.counts == {4: 1}
-    assert chosen.power_w == pytest.approx(power_at(FITTED, "short", 4, 0.5) + 5 * standby_w(FITTED, "short", 4))
+    busy_w = power_at(FULL, "short", 4, 0.5 / LONE_SHARE)
+    assert chosen.power_w == pytest.approx(busy_w + 5 * standby_w(FULL, "short", 4))
 
 
 def test_all_serve_where_the_load_needs_them_or_more() -> None:
@@ -33,12 +34,19 @@ def test_all_serve_where_the_load_needs_them_or_more() -> None:
 
 
 def test_the_fill_leaves_room() -> None:
-    assert choose_serving(FULL, "short", {4: 3}, 0.95 * TOP, fill=0.9).counts[4] == 2
-    assert choose_serving(FULL, "short", {4: 3}, 0.95 * TOP, fill=1.0).counts[4] == 1
+    assert choose_serving(FULL, "short", {4: 4}, 1.95 * TOP, fill=0.9).counts[4] == 3
+    assert choose_serving(FULL, "short", {4: 4}, 1.95 * TOP, fill=1.0).counts[4] == 2
+
+
+def test_one_alone_carries_less_than_beside_others() -> None:
+    assert choose_serving(FULL, "short", {4: 3}, 0.95 * LONE_SHARE * TOP).counts[4] == 1
+    assert choose_serving(FULL, "short", {4: 3}, 0.95 * TOP).counts[4] == 2
+    assert choose_serving(FULL, "short", {4: 1}, 0.95 * TOP).carries is False
 
 
 def test_one_more_serves_where_a_lower_clock_saves_more() -> None:
-    assert choose_serving(FITTED, "short", {4: 3}, 0.95 * TOP).counts[4] == 2
+    assert choose_serving(FULL, "short", {4: 4}, 1.95 * TOP).counts[4] == 2
+    assert choose_serving(FITTED, "short", {4: 4}, 1.95 * TOP).counts[4] > 2
 
 
 def test_without_load_the_least_number_serves() -> None:
@@ -46,14 +54,14 @@ def test_without_load_the_least_number_serves() -> None:
 
 
 def test_the_present_choice_stays_unless_another_saves_clearly() -> None:
-    present = {4: 2}
-    assert choose_serving(FULL, "short", {4: 3}, 0.99 * TOP, current=present).counts == {4: 1}
+    present = {4: 3}
+    assert choose_serving(FULL, "short", {4: 4}, 1.99 * TOP, current=present).counts == {4: 2}
     same_power = replace(
         FITTED.profile, points=tuple(replace(p, power_w=1000.0) for p in FITTED.profile.points), idle=()
     )
-    assert choose_serving(fit(same_power), "short", {4: 3}, 0.99 * TOP, current=present).counts == present
+    assert choose_serving(fit(same_power), "short", {4: 4}, 1.99 * TOP, current=present).counts == present
     # It no longer carries the load.
-    assert choose_serving(FITTED, "short", {4: 3}, 2.5 * TOP, current=present).counts == {4: 3}
+    assert choose_serving(FITTED, "short", {4: 4}, 3.5 * TOP, current=present).counts == {4: 4}
 
 
 @given(
@@ -66,6 +74,8 @@ def test_it_carries_what_all_together_carry(counts: dict[int, int], rate: float,
     chosen = choose_serving(FITTED, "short", counts, rate, fill, least)
     all_rps = fill * sum(n * FITTED.max_rate_rps("short", tp) for tp, n in counts.items())
     assert all(0 <= n <= counts[tp] for tp, n in chosen.counts.items())
+    if sum(counts.values()) == 1:
+        all_rps *= LONE_SHARE
     if rate <= all_rps * (1 - 1e-6) and sum(counts.values()):
         assert chosen.carries
         assert sum(chosen.counts.values()) >= min(least, sum(counts.values()))

@@ -60,7 +60,12 @@ def assert_feasible(p: PlanProblem, partition: tuple[PoolDemand, ...], result: P
     assert sum(n for _, n in result.used) == sum(result.counts.values())
     for demand in partition:
         used = [(c, n) for c, n in result.used if c.pool == demand.pool]
-        assert sum(n * c.rate_rps for c, n in used) >= demand.rate_rps - 1e-5
+        tops = {
+            tp: max(c.rate_rps for c in p.columns if (c.pool, c.tp) == (demand.pool, tp))
+            for tp in {c.tp for c, _ in used}
+        }
+        assert sum(n * c.rate_rps for c, n in used) >= demand.priced_rps - 1e-5
+        assert sum(n * tops[c.tp] for c, n in used) >= demand.rate_rps - 1e-5
         assert sum(n for _, n in used) >= demand.min_instances
         assert {c.pool for c, _ in result.used} <= set(result.pools)
     nodes, rest = divmod(p.gpus, p.gpus_per_node)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import ceil, floor, inf, prod
+from math import ceil, floor, inf, isfinite, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +26,21 @@ BOUND_CELLS = 2048
 PLAN_CELLS = 8192
 # Beyond these the MILP is faster: vectors of total counts, vectors of one pool, and pairs of both to be looked at.
 MAX_TOTALS = 40_000
-MAX_VECTORS = 200
+MAX_VECTORS = 600
 MAX_PAIRS = 40_000_000
-# A table goes up to this many times the GPUs that carry the demand, and some more; what lies beyond is bounded.
-ROOM_RATIO, ROOM_GPUS = 2.0, 8
+
+
+# A table goes up to `ratio` times the GPUs that carry the demand, and `gpus` more; what lies beyond is bounded. The
+# wider the room, the longer the tables and the better that bound.
+class Room(NamedTuple):
+    ratio: float
+    gpus: int
+
+
+ROOMS = (Room(2.0, 8), Room(3.0, 12))
 STEPS = 30
+# The bound's rounding may have favoured a vector too much: then it is tried again without that.
+ATTEMPTS = 4
 # Solvers take a demand for met when this little is missing, so the bound does too.
 TOLERANCE = 1e-6
 
@@ -46,6 +56,7 @@ def tabulate(
     columns: Sequence[Column],
     groups: Mapping[int, int],
     least: Mapping[int, int],
+    room: Room = ROOMS[0],
 ) -> Tabulated | None:
     """A plan of one partition and a bound on all its plans; None where the problem is too large for tables or they
     hold no plan.
@@ -61,30 +72,22 @@ def tabulate(
         return None
     pools = []
     for demand in partition:
-        pool = _pool(problem, demand, tps, [c for c in columns if c.pool == demand.pool])
+        pool = _pool(problem, demand, tps, [c for c in columns if c.pool == demand.pool], room)
         if pool is None:
             return None
         pools.append(pool)
     if sum(len(pool.watts) for pool in pools) * prod(shape) > MAX_PAIRS:
         return None
-    joined = _join(pools, shape)
     totals = np.indices(shape)
     allowed = _allowed(problem, tps, totals, groups, least)
     coupling_w = np.where(allowed, _switch_w(problem, tps, totals), inf)
-    objective_w = joined[-1] + coupling_w
-    best = np.unravel_index(int(objective_w.argmin()), shape)
-    best_w = float(objective_w[best])
-    if best_w == inf:
-        return None
-    plan = [_plan(pool, tps, vector) for pool, vector in zip(pools, _split(pools, joined, best), strict=True)]
-    if any(used is None for used in plan):
-        return None
-    beyond_w = _beyond(pools, tps, problem.gpus, totals, coupling_w, best_w)
     apart_w = problem.parked_w * problem.gpus + _gone_w(problem, tps)
-    return Tabulated(
-        [entry for used in plan if used is not None for entry in used],
-        min(best_w, beyond_w) + apart_w,
-    )
+    found, best_w = _search(pools, tps, coupling_w, apart_w, problem.gap)
+    if found is None:
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):  # absurd watts make no bound
+        bound_w = min(best_w, _beyond(pools, tps, problem.gpus, totals, coupling_w, best_w))
+    return Tabulated(found, bound_w + apart_w) if isfinite(bound_w + apart_w) else None
 
 
 # --------------------------------------------------------------------------------------------- one pool's table
@@ -99,7 +102,9 @@ class _Pool(NamedTuple):
     watts: Floats  # least power of each over the same GPUs parked, by the rounding in favour
 
 
-def _pool(problem: PlanProblem, demand: PoolDemand, tps: list[int], columns: list[Column]) -> _Pool | None:
+def _pool(
+    problem: PlanProblem, demand: PoolDemand, tps: list[int], columns: list[Column], wanted: Room
+) -> _Pool | None:
     """The table of a pool; None when it would be too long, or when no vector carries the demand."""
     tops = [max((c.rate_rps for c in columns if c.tp == tp), default=0.0) for tp in tps]
     densest = max(top / tp for top, tp in zip(tops, tps, strict=True))
@@ -109,7 +114,9 @@ def _pool(problem: PlanProblem, demand: PoolDemand, tps: list[int], columns: lis
     need = max(need, demand.min_instances * min(tps))
     if need > problem.gpus:
         return None
-    room = min(problem.gpus, int(ROOM_RATIO * need) + ROOM_GPUS)
+    room = min(problem.gpus, int(wanted.ratio * need) + wanted.gpus)
+    if _vectors_within(room, sorted({c.tp for c in columns})) > MAX_VECTORS:
+        return None
     rows = np.full((1, _cells(demand, BOUND_CELLS) + 1), inf)
     rows[0, 0] = 0.0
     vectors = np.zeros((1, len(tps)), dtype=np.int64)
@@ -124,8 +131,6 @@ def _pool(problem: PlanProblem, demand: PoolDemand, tps: list[int], columns: lis
             grown[:, i] += 1
             their_vectors.append(grown)
             layers.append(_with_one_more(layers[-1][fits], steps))
-            if sum(map(len, layers)) > MAX_VECTORS:
-                return None
         rows, vectors = np.concatenate(layers), np.concatenate(their_vectors)
     carries = (
         np.isfinite(rows[:, -1])
@@ -135,6 +140,15 @@ def _pool(problem: PlanProblem, demand: PoolDemand, tps: list[int], columns: lis
     if not carries.any():
         return None
     return _Pool(demand, columns, problem.parked_w, room, vectors[carries], rows[carries, -1])
+
+
+def _vectors_within(gpus: int, tps: Sequence[int]) -> int:
+    """How many vectors of counts take at most so many GPUs."""
+    exactly = [1] + [0] * gpus
+    for tp in tps:
+        for taken in range(tp, gpus + 1):
+            exactly[taken] += exactly[taken - tp]
+    return sum(exactly)
 
 
 class _Step(NamedTuple):
@@ -184,8 +198,9 @@ def _with_one_more(rows: Floats, steps: Sequence[_Step]) -> Floats:
     return best
 
 
-def _plan(pool: _Pool, tps: list[int], counts: Ints) -> list[tuple[Column, int]] | None:
-    """The columns of least power for so many instances of each tp; None when rounding leaves no plan."""
+def _plan(pool: _Pool, tps: list[int], counts: Ints) -> tuple[list[tuple[Column, int]], float]:
+    """The columns of least power for so many instances of each tp, and that power; it is infinite when rounding leaves
+    no plan."""
     cells = _cells(pool.demand, PLAN_CELLS)
     row = np.full((1, cells + 1), inf)
     row[0, 0] = 0.0
@@ -196,7 +211,7 @@ def _plan(pool: _Pool, tps: list[int], counts: Ints) -> list[tuple[Column, int]]
             added.append((steps, row))
             row = _with_one_more(row, steps)
     if row[0, -1] == inf:
-        return None
+        return [], inf
     used: Counter[Column] = Counter()
     left, watts = cells, row[0, -1]
     for steps, before in reversed(added):
@@ -205,39 +220,68 @@ def _plan(pool: _Pool, tps: list[int], counts: Ints) -> list[tuple[Column, int]]
         left = max(0, left - step.cells)
         watts = before[0, left]
         used[step.column] += 1
-    return list(used.items())
+    return list(used.items()), float(row[0, -1])
 
 
 # ------------------------------------------------------------------------------------------- all pools together
 
 
-def _join(pools: Sequence[_Pool], shape: tuple[int, ...]) -> list[Floats]:
+def _search(
+    pools: Sequence[_Pool], tps: list[int], coupling_w: Floats, apart_w: float, gap: float
+) -> tuple[list[tuple[Column, int]] | None, float]:
+    """A plan within the tables (None when there is none) and a bound on all such plans, both less `apart_w`."""
+    watts = [pool.watts.copy() for pool in pools]
+    plan, plan_w, bound_w = None, inf, inf
+    for attempt in range(ATTEMPTS):
+        joined = _join(pools, watts, coupling_w.shape)
+        objective_w = joined[-1] + coupling_w
+        at = np.unravel_index(int(objective_w.argmin()), coupling_w.shape)
+        if objective_w[at] == inf:
+            break
+        if attempt == 0:
+            bound_w = float(objective_w[at])
+        chosen = _split(pools, watts, joined, at)
+        parts = [_plan(pool, tps, pool.vectors[i]) for pool, i in zip(pools, chosen, strict=True)]
+        total_w = sum(part_w for _, part_w in parts) + float(coupling_w[at])
+        if total_w < plan_w:
+            plan, plan_w = [entry for used, _ in parts for entry in used], total_w
+        if plan_w - bound_w <= gap / 4 * abs(plan_w + apart_w):
+            break
+        # What a vector's plan really takes stands in for the estimate from now on.
+        for row, i, (_, part_w) in zip(watts, chosen, parts, strict=True):
+            row[i] = part_w
+    return plan, bound_w
+
+
+def _join(pools: Sequence[_Pool], watts: Sequence[Floats], shape: tuple[int, ...]) -> list[Floats]:
     """Least watts of the first 0, 1, ... pools by the total counts of each tp."""
     start = np.full(shape, inf)
     start[(0,) * len(shape)] = 0.0
     joined = [start]
-    for pool in pools:
+    for pool, its_watts in zip(pools, watts, strict=True):
         best = np.full(shape, inf)
-        for vector, watts in zip(pool.vectors.tolist(), pool.watts.tolist(), strict=True):
+        for vector, more_w in zip(pool.vectors.tolist(), its_watts.tolist(), strict=True):
             there = tuple(slice(n, None) for n in vector)
             before = tuple(slice(0, size - n) for n, size in zip(vector, shape, strict=True))
-            np.minimum(best[there], joined[-1][before] + watts, out=best[there])
+            np.minimum(best[there], joined[-1][before] + more_w, out=best[there])
         joined.append(best)
     return joined
 
 
-def _split(pools: Sequence[_Pool], joined: list[Floats], totals: tuple[np.intp, ...]) -> list[Ints]:
-    """Which vector of each pool makes up the totals."""
+def _split(
+    pools: Sequence[_Pool], watts: Sequence[Floats], joined: list[Floats], totals: tuple[np.intp, ...]
+) -> list[int]:
+    """Which of its vectors each pool has in the totals."""
     left = np.array(totals)
-    vectors = []
-    for pool, before, after in reversed(list(zip(pools, joined[:-1], joined[1:], strict=True))):
+    chosen = []
+    for pool, its_watts, before, after in reversed(list(zip(pools, watts, joined[:-1], joined[1:], strict=True))):
         fits = np.flatnonzero((pool.vectors <= left).all(axis=1))
         rest = left - pool.vectors[fits]
-        makes = before[tuple(rest.T)] + pool.watts[fits] == after[tuple(left)]
-        vector = pool.vectors[fits[int(makes.argmax())]]
-        vectors.append(vector)
-        left = left - vector
-    return vectors[::-1]
+        # The very sum that made the total is found again, so equality is exact.
+        makes = before[tuple(rest.T)] + its_watts[fits] == after[tuple(left)]
+        chosen.append(int(fits[int(makes.argmax())]))
+        left = left - pool.vectors[chosen[-1]]
+    return chosen[::-1]
 
 
 def _allowed(
@@ -323,7 +367,7 @@ def _priced(watts: Floats, counts: Floats, prices: Floats) -> Floats:
 def _beyond_one(pool: _Pool, gpus: int, prices: Mapping[int, float]) -> float:
     """The same of one pool, over loads and GPUs that may be split at will: the Lagrangian dual of that relaxation, at
     some values of the price of load."""
-    if pool.room >= gpus:
+    if pool.room >= gpus or not pool.columns:
         return inf  # its table holds every plan
     rate = np.array([c.rate_rps for c in pool.columns])
     widths = np.array([c.tp for c in pool.columns])

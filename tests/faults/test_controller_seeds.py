@@ -1,0 +1,62 @@
+"""The controller under faults from seeds, in virtual time: what must hold after every event, and at the end.
+
+A thousand seeds run in `scripts/bench faults`. One that breaks something breaks it again: `run(seed)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from controller.loop import instance, pool
+from controller.replay.same import replay
+from controller.store.repositories import save_profile, write_records
+from tests.faultrun import PROFILE, run
+from tests.store_suite import sqlite_url, upgraded_engine
+from tests.synthetic_profile import MODEL
+
+SEEDS = 50
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    for opened in upgraded_engine(sqlite_url(tmp_path)):
+        save_profile(opened, PROFILE.checksum(), MODEL, PROFILE.to_json(), 0.0)
+        yield opened
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, SEEDS, 10))
+def test_nothing_is_broken(first: int) -> None:
+    reports = [run(seed) for seed in range(first, first + 10)]
+    assert [what for report in reports for what in report.broken] == []
+    assert sum(report.faults for report in reports) >= 60, "faults there were"
+
+
+def test_a_seed_is_the_same_life_again() -> None:
+    one, two = run(7), run(7)
+    assert [d.sentence for d in one.history] == [d.sentence for d in two.history]
+    assert (one.events, one.effects, one.refused) == (two.events, two.effects, two.refused)
+
+
+@pytest.mark.parametrize("seed", [2, 5, 11, 23])
+def test_every_decision_under_faults_is_made_again_to_the_byte(engine: Engine, seed: int) -> None:
+    """Restarts, frozen controllers beside their successors, orders, clock jumps and all."""
+    report = run(seed)
+    write_records(engine, [*report.history, *report.inputs])
+    again = replay(engine, 0.0, 4e9)
+    assert again.differences == []
+    assert again.solver_differs == 0
+    assert again.identical == len(report.history)
+
+
+@pytest.mark.parametrize("defect", ["no pool plans", "routing is never told"])
+def test_the_harness_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
+    if defect == "no pool plans":
+        monkeypatch.setattr(pool, "tick", lambda *_, **__: None)
+    else:
+        monkeypatch.setattr(instance, "_publish", lambda *_: None)
+    assert any(run(seed).broken for seed in range(3))

@@ -1,0 +1,111 @@
+"""Who serves and who stands by, decided by the core every few seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from controller.domain.reasons import Level, Mode
+from controller.fleet.port import Effect, InstanceObservation, Tick
+from controller.loop.core import Core
+from controller.loop.settings import Knobs
+from controller.profile.fit import fit
+from controller.profile.table import IdlePoint
+from tests.synthetic_profile import synthetic_profile
+from tests.unit.test_loop_core import MS, Bench, load, ready, settings, starts
+
+PLANNED_RPS = 8.0
+
+
+class Fleet(Bench):
+    """Two nodes, planned and started for `PLANNED_RPS`, all instances ready."""
+
+    def __init__(self, **changes: object) -> None:
+        changed = {"initial_rps": {MS: PLANNED_RPS}, "pool_s": 3600, "cluster_s": 3600, **changes}
+        super().__init__(Core(settings(**changed), synthetic_profile(), term=3, expected_nodes=2))
+        self.instances: dict[str, list[InstanceObservation]] = {"a": [], "b": []}
+        self.arrived = 0.0
+        self.see("a")
+        self.see("b")
+        for effect in starts(self.send(Tick(Level.INSTANCE))):
+            self.instances[effect.node_id].append(ready(effect))
+
+    def serve(self, rate_rps: float, seconds: int = 120) -> list[Effect]:
+        """Under a steady load; the effects of the last tick."""
+        effects: list[Effect] = []
+        for second in range(1, seconds + 1):
+            self.wait(1)
+            self.arrived += rate_rps
+            self.send(load(self.now_s, round(self.arrived)))
+            if second % 5 == 0:
+                for node, instances in self.instances.items():
+                    self.see(node, *instances)
+                effects = self.send(Tick(Level.INSTANCE))
+        return effects
+
+    def serving(self) -> int:
+        assert self.core.state.routing is not None
+        return sum(i.accepts_new for pool in self.core.state.routing.pools for i in pool.instances)
+
+    def planned_for(self, trigger: str) -> int:
+        """Pool plans asked for because of `trigger`."""
+        return sum(
+            decision.level is Level.POOL and decision.trigger == trigger
+            for step in self.steps
+            for decision in step.decisions
+        )
+
+
+def test_a_light_load_leaves_instances_on_standby_and_a_heavy_one_none() -> None:
+    # At full clock: at this profile's lower ones it pays to let all serve.
+    fleet = Fleet(knobs=Knobs(clocks=False))
+    there = sum(len(instances) for instances in fleet.instances.values())
+    assert there > 1
+    effects = fleet.serve(0.5)
+    assert fleet.serving() == 1
+    assert effects == []  # nothing is drained or stopped
+    assert len(fleet.core.state.standby) == there - 1
+    fleet.serve(2 * PLANNED_RPS, seconds=30)
+    assert fleet.serving() == there
+
+
+def test_who_stands_by_is_locked_to_the_clock_of_least_power() -> None:
+    fleet = Fleet()
+    profile = fleet.core.state.profile
+    lowest = replace(profile, idle=(*profile.idle, *(IdlePoint(tp, 210, 1.0) for tp in profile.tps)))
+    fleet.core.state.fit = fit(lowest)
+    fleet.serve(0.5)
+    standing = fleet.core.state.standby
+    assert standing
+    assert {fleet.core.state.clocks[instance_id].mhz for instance_id in standing} == {210}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "mode"), [(Knobs(clocks=False, standby=False), Mode.ACTIVE), (Knobs(clocks=False), Mode.ADVISORY)]
+)
+def test_all_serve_where_none_may_stand_by(knobs: Knobs, mode: Mode) -> None:
+    fleet = Fleet(knobs=knobs)
+    fleet.core.state.mode = mode
+    fleet.serve(0.5)
+    assert fleet.serving() == sum(len(instances) for instances in fleet.instances.values())
+
+
+def test_a_load_beyond_all_that_is_planned_is_planned_for_at_once() -> None:
+    fleet = Fleet()
+    fleet.serve(PLANNED_RPS, seconds=60)
+    assert fleet.planned_for("load") == 0
+    fleet.serve(2.5 * PLANNED_RPS, seconds=20)
+    assert fleet.planned_for("load") >= 1
+
+
+def test_after_bursts_all_serve_also_in_the_quiet_between() -> None:
+    even, bursty = Fleet(knobs=Knobs(clocks=False)), Fleet(knobs=Knobs(clocks=False))
+    even.serve(0.5, seconds=240)
+    for _ in range(8):
+        bursty.serve(0.0, seconds=25)
+        bursty.serve(3.0, seconds=5)
+    bursty.serve(0.0, seconds=10)
+    assert even.core.state.burst_rps["all"] == 0.0
+    assert bursty.core.state.burst_rps["all"] > 1.0
+    assert bursty.serving() > even.serving() == 1
