@@ -26,6 +26,7 @@ PEAK_S = 60.0
 # Bursts are looked for between spans of this length, this far back.
 BURST_S = 5.0
 BURST_PAST_S = 900.0
+LEAST_BURST_SPANS = 24  # of fewer a variance says little
 # Variance over mean of independent arrivals whose requests differ in work as those of a chat do; 1 where all are equal.
 INDEPENDENT = 2.5
 # Share of the GPUs that reserves may make the plan use: the rest is what whole instances leave over.
@@ -204,7 +205,7 @@ def burst_rps(state: State, now: Instant, pool: str, mean_tokens: Mapping[Reques
     """How far a pool's load may leave its mean within seconds, in equivalent requests/s; 0 for independent arrivals,
     whose noise was there when the profile was measured."""
     bins = _binned_rps(state, now, pool, mean_tokens, BURST_PAST_S, BURST_S)
-    if len(bins) < 3:
+    if len(bins) < LEAST_BURST_SPANS:
         return 0.0
     rates = [bins.get(number, 0.0) for number in range(max(bins) + 1)]
     mean_rps = sum(rates) / len(rates)

@@ -44,6 +44,7 @@ from tests.unit import test_store_leadership as leadership
 from tests.unit import test_store_migrations as migrations
 from tests.unit import test_store_recorder as recorder_tests
 from tests.unit import test_store_repositories as repositories
+from tests.unit import test_store_retention as retention
 from tests.unit import test_store_sql_cookbook as cookbook
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "PostgreSQL is here")
@@ -69,7 +70,7 @@ def suite_of(*modules: ModuleType) -> dict[str, object]:
     return found
 
 
-SUITE = suite_of(migrations, repositories, leadership, recorder_tests, cookbook, faults)
+SUITE = suite_of(migrations, repositories, leadership, recorder_tests, retention, cookbook, faults)
 globals().update(SUITE)
 
 empty = migrations.empty
