@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from common.config import ConfigModel
-from common.tls import ClientTls
+from common.tls import ClientTls, check_pem
+from common.tls_server import stays_here
 from controller.domain.classes import RequestClass
 from controller.domain.reasons import Mode
 from controller.loop.settings import Knobs, LoopSettings
@@ -24,6 +25,35 @@ class AgentAddress(ConfigModel):
     address: str = Field(description="gRPC target: host:port or unix:/path/to/socket")
     tls: bool = Field(default=True, description="over TLS if [agent_tls] is set; unix sockets never are")
     tls_name: str = Field(default="", description="name in the agent's certificate; empty: the address's host")
+
+
+class ServerTls(ConfigModel):
+    """Mutual TLS on `listen`: gateways and operators need certificates. Files all three or none."""
+
+    cert: str = Field(default="", description="The controller's certificate, PEM. Renewals are taken up live.")
+    key: str = Field(default="", description="Its private key, PEM.")
+    client_ca: str = Field(default="", description="Authority whose client certificates are let in, PEM.")
+    scopes: dict[str, Literal["read", "control", "admin"]] = Field(
+        default={},
+        description="Scope by the name (CN) or alternative name (URI, DNS) of a client certificate: `read` looks, "
+        "`control` is for gateways, `admin` for operators. Names not listed may do nothing.",
+    )
+
+    @property
+    def on(self) -> bool:
+        return bool(self.cert)
+
+    def check(self) -> None:
+        """Raises UserError for files that no caller could be served with."""
+        if self.on:
+            check_pem({"tls.client_ca": self.client_ca}, {"tls.cert": self.cert}, {"tls.key": self.key})
+
+    @model_validator(mode="after")
+    def _whole(self) -> ServerTls:
+        given = [bool(value) for value in (self.cert, self.key, self.client_ca)]
+        if any(given) and not all(given):
+            raise ValueError("cert, key and client_ca belong together; set all of them or none")
+        return self
 
 
 class PeriodsConfig(ConfigModel):
@@ -129,7 +159,9 @@ class ControllerConfig(ConfigModel):
     """Everything the controller needs to know."""
 
     controller_id: str = Field(default="", description="name in leases and the history; empty: the host's name")
-    listen: str = Field(default="127.0.0.1:7700", description="gRPC address; loopback, or behind TLS")
+    listen: str = Field(
+        default="127.0.0.1:7700", description="gRPC address; beyond loopback and unix sockets only with [tls]"
+    )
     metrics_listen: str = Field(default="", description="host:port of /metrics; empty means none")
     database_url: str = Field(
         default="sqlite:////var/lib/dynamollm/controller.db",
@@ -150,6 +182,7 @@ class ControllerConfig(ConfigModel):
         default=ClientTls(),
         description="Mutual TLS to the agents; they let this certificate's name in by their scopes.",
     )
+    tls: ServerTls = ServerTls()
     periods: PeriodsConfig = PeriodsConfig()
     lease: LeaseConfig = LeaseConfig()
     planning: PlanningConfig = PlanningConfig()
@@ -163,6 +196,10 @@ class ControllerConfig(ConfigModel):
         ids = [agent.node_id for agent in self.agents]
         if len(set(ids)) < len(ids):
             raise ValueError("agents: every node_id must be unique")
+        if not self.tls.on and not stays_here(self.listen):
+            raise ValueError(
+                f"listen: {self.listen} is not a loopback address; without [tls] the API is served on this machine only"
+            )
         self.loop_settings()  # raises ValueError with the broken inequality
         return self
 

@@ -22,10 +22,12 @@ from common.errors import EXIT_ALREADY_RUNNING, EXIT_UNAVAILABLE, UserError
 from common.logs import get_logger
 from common.sd_notify import notify
 from common.tls import check_files
+from common.tls_server import server_credentials
+from controller.api.gate import Gate
 from controller.api.metrics import ControllerMetrics, serve_metrics
 from controller.api.routing_hub import RoutingHub
 from controller.api.service import ControllerService
-from controller.config import ControllerConfig
+from controller.config import ControllerConfig, ServerTls
 from controller.domain.reasons import Level, Mode
 from controller.fleet.grpc import AgentClient
 from controller.housekeeping import keep_house
@@ -50,7 +52,7 @@ _SETTLE_S = 2.0
 def read_profile(path: Path) -> Profile:
     """Raises UserError when the file is missing or is no profile."""
     try:
-        return Profile.from_json(path.read_text(encoding="utf-8"))
+        return Profile.from_json(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such profile.", "Make one with `dynamollm calibrate`.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -61,6 +63,7 @@ async def serve(config: ControllerConfig) -> None:
     """Runs the controller until SIGTERM or SIGINT. Raises UserError for what the operator can mend."""
     clock = SystemClock()
     check_files(config.agent_tls, "agent_tls")
+    config.tls.check()
     profile = read_profile(config.profile)
     if config.model != profile.model:
         raise UserError(
@@ -148,7 +151,7 @@ async def _run(
         runtime,
         lead.holder,
     )
-    server = await _listen(config.listen, service)
+    server = await open_api(config.listen, service, config.tls)
     stop_metrics = serve_metrics(metrics, config.metrics_listen) if config.metrics_listen else None
     keeping = asyncio.create_task(keeper.keep(stop.set))
     housekeeping = asyncio.create_task(keep_house(config, engine, clock))
@@ -201,15 +204,22 @@ def _stand_by(whom: str) -> None:
     notify(f"READY=1\nSTATUS=standby: {whom}")
 
 
-async def _listen(address: str, service: ControllerService) -> grpc.aio.Server:
+async def open_api(address: str, service: controller_pb2_grpc.ControllerServicer, tls: ServerTls) -> grpc.aio.Server:
+    """Serves the API; over TLS if that is set. Raises UserError where nobody can listen."""
     # A second server would otherwise share the port and take half of the calls.
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    secure = tls.on and not address.startswith("unix")
+    gates = [Gate(tls.scopes)] if secure else []
+    server = grpc.aio.server(interceptors=gates, options=[("grpc.so_reuseport", 0)])
     controller_pb2_grpc.add_ControllerServicer_to_server(service, server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(address)
+        if secure:
+            hint = "Check tls.cert, tls.key and tls.client_ca."
+            port = server.add_secure_port(address, server_credentials(tls.cert, tls.key, tls.client_ca, hint))
+        else:
+            port = server.add_insecure_port(address)
     except RuntimeError:
         port = 0
     if port == 0:

@@ -10,15 +10,15 @@ import enum
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
-from common.errors import EXIT_UNAVAILABLE, UserError
+from common import tls_server
 from common.logs import get_logger
 from common.tls import check_pem
+from common.tls_server import names_of
 from dynamollm.v1 import node_agent_pb2 as pb
 from nodeagent.audit import AuditLog
 from nodeagent.config import ListenConfig, SecurityConfig
@@ -98,11 +98,7 @@ def identify(peer: str, auth: Mapping[str, Any], config: SecurityConfig) -> Call
         return Caller("unix socket", Scope.ADMIN)
     if auth.get("transport_security_type") not in ([b"ssl"], (b"ssl",)):
         return Caller(peer, Scope[config.loopback_scope.upper()])  # bound to loopback only, see ListenConfig
-    names = [
-        value.decode("utf-8", "replace")
-        for key in ("x509_subject_alternative_name", "x509_common_name")
-        for value in auth.get(key, ())
-    ]
+    names = names_of(auth)
     known = {name: Scope[config.scopes[name].upper()] for name in names if name in config.scopes}
     if not known:
         return Caller(" / ".join(names) or "a certificate without a name", Scope[config.default_scope.upper()])
@@ -126,35 +122,8 @@ def server_credentials(config: ListenConfig) -> grpc.ServerCredentials:
     Raises UserError when a file cannot be used.
     """
     check_certificates(config)
-    paths = [Path(config.tls_key), Path(config.tls_cert), Path(config.tls_client_ca)]
-
-    def load() -> grpc.ServerCertificateConfiguration:
-        key, certificate, authority = (path.read_bytes() for path in paths)
-        return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
-
-    def stamps() -> list[int]:
-        return [path.stat().st_mtime_ns for path in paths]
-
-    try:
-        seen, current = stamps(), load()
-    except OSError as error:
-        raise UserError(
-            f"{error.filename}: {error.strerror}.", "Check listen.tls_cert, tls_key, tls_client_ca.", EXIT_UNAVAILABLE
-        ) from None
-
-    first = current
-
-    def renewed() -> grpc.ServerCertificateConfiguration:
-        nonlocal seen, current
-        try:
-            now = stamps()
-            if now != seen:
-                seen, current = now, load()
-        except OSError as error:
-            log.error("certificate cannot be read again; the old one is served", why=str(error))
-        return current
-
-    return grpc.dynamic_ssl_server_credentials(first, renewed, require_client_authentication=True)
+    hint = "Check listen.tls_cert, tls_key, tls_client_ca."
+    return tls_server.server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca, hint)
 
 
 class Gate(grpc.aio.ServerInterceptor):

@@ -45,7 +45,10 @@ class DemoRun:
             *arguments,
         )
         with self.output_file.open("wb") as output:
-            # A session of its own, so that a signal of the test's reaches nobody else.
+            # A session of its own, so that a signal of the test's reaches nobody else. A shell's background jobs ignore
+            # SIGINT, and a child would inherit that.
+            if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             self.process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
 
     def __enter__(self) -> DemoRun:

@@ -76,9 +76,10 @@ class Node:
         raise AssertionError(f"no process {pid} in the machine")
 
     def serves(self, other_than: int = 0) -> bool:
+        # The pid first: right after a kill the unit still counts as active, and the dead agent's socket is there.
         return (
-            self.machine.show(AGENT, "ActiveState") == "active"
-            and self.main_pid() != other_than
+            self.main_pid() not in (0, other_than)
+            and self.machine.show(AGENT, "ActiveState") == "active"
             and Path(self.machine.path(SOCKET)).exists()
         )
 
@@ -87,7 +88,7 @@ class Node:
         self.stub.StartInstance(pb.StartInstanceRequest(**self.request(), spec=spec), timeout=30)
 
     def instance(self, name: str) -> types.Instance:
-        listed = self.stub.ListInstances(pb.ListInstancesRequest(), timeout=10).instances
+        listed = self.stub.ListInstances(pb.ListInstancesRequest(), timeout=10, wait_for_ready=True).instances
         return next(instance for instance in listed if instance.spec.instance_id == name)
 
     def wait_state(self, name: str, state: int, timeout_s: float = 40) -> types.Instance:

@@ -40,6 +40,7 @@ def check_config(config: ConfigOption = DEFAULT_CONFIG) -> None:
 
     settings = load_config(ControllerConfig, "controller", config)
     check_files(settings.agent_tls, "agent_tls")
+    settings.tls.check()
     profile = read_profile(settings.profile)
     typer.echo(f"{config}: valid; profile {profile.checksum()[:12]} of {profile.model} on {profile.gpu}")
 

@@ -12,7 +12,8 @@ from common.config import load_config
 from common.config_sample import to_toml
 from common.errors import UserError, exit_on_user_error
 from common.logs import configure_logs
-from controller.gateway.access import hash_of, is_line
+from common.tls import check_files
+from controller.gateway.access import Access, hash_of, is_line
 from controller.gateway.config import DEFAULT_PATH, PART, GatewayConfig
 
 PROGRAM = "dynamollm-gateway"
@@ -42,14 +43,17 @@ def run(config: ConfigOption = None, listen: ListenOption = None, controller: Co
     from controller.gateway.daemon import run as serve
 
     settings = _load(config, listen, controller)
+    check_files(settings.controller_tls, "controller_tls")
     configure_logs(PART, settings.log.form, settings.log.level)
     uvloop.run(serve(settings, bind(settings.listen)))
 
 
 @app.command("check-config")
 def check_config(config: ConfigOption = None, listen: ListenOption = None, controller: ControllerOption = None) -> None:
-    """Says whether the configuration is valid."""
-    _load(config, listen, controller)
+    """Says whether the configuration is valid, and the files of keys and certificates that it names."""
+    settings = _load(config, listen, controller)
+    check_files(settings.controller_tls, "controller_tls")
+    Access(Path(settings.access.keys_file) if settings.access.keys_file else None)
     typer.echo(f"{_path(config) or 'defaults'}: valid")
 
 

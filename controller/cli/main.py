@@ -1,5 +1,8 @@
-"""`dynamollm`: the operator's command line. Every command has `--json`; exit codes: 0 done, 2 bad input,
-3 something it needs is not reachable, 4 already running."""
+"""`dynamollm`: the operator's command line. What a program may want to read has `--json`.
+
+Exit codes: 0 done, 1 done with a finding (a replay that differs, a GPU that refused), 2 bad input, 3 something it needs
+is not reachable.
+"""
 
 from __future__ import annotations
 
@@ -245,7 +248,12 @@ def calibrate(
     from simulator.physics import Physics
     from simulator.traces import KINDS, read_azure
 
-    source = next((kind for kind in KINDS if kind == mix), None) or read_azure(Path(mix))
+    kind = next((kind for kind in KINDS if kind == mix), None)
+    if kind is None and not Path(mix).is_file():
+        raise UserError(f"--mix {mix}: no such trace file.", f"Name a file, {' or '.join(KINDS)}.")
+    if not out.absolute().parent.is_dir():  # said before minutes of measuring
+        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}.", "Make it, or name another file.")
+    source = kind or read_azure(Path(mix))
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=None)

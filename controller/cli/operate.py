@@ -45,7 +45,8 @@ def mode(
             console.print(f"{item.scope}: {mode_name(item.mode)}", highlight=False, soft_wrap=True)
         return
     if wanted not in set(Mode):
-        raise UserError(f"{wanted or 'nothing'!r} is no mode.", f"Write one of {', '.join(Mode)}.")
+        wrong = f"{wanted!r} is no mode." if wanted else f"the mode for {scope} is missing."
+        raise UserError(wrong, f"Write one of {', '.join(Mode)}.")
     request = pb.SetModeRequest(scope=scope, mode=pb.Mode.Value(f"MODE_{wanted.upper()}"), who=who_asks(), why=why)
     answer: pb.SetModeResponse = call(controller, "SetMode", request)
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import socket
 import sys
 from datetime import UTC, datetime, timedelta
@@ -15,10 +16,12 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 
 from common.errors import EXIT_UNAVAILABLE, UserError
+from common.tls import ClientTls, channel_credentials, check_files
 from dynamollm.v1 import controller_pb2 as pb
 from dynamollm.v1 import controller_pb2_grpc as rpc
 
 _DEADLINE_S = 5.0
+_TLS = "DYNAMOLLM_TLS"
 
 # A pipe has no width: tables there are as wide as they need to be.
 console = Console(width=None if sys.stdout.isatty() else 200)
@@ -31,7 +34,7 @@ DEFAULT_URL = "sqlite:////var/lib/dynamollm/controller.db"
 
 def call(address: str, method: str, request: Any, deadline_s: float = _DEADLINE_S) -> Any:
     """One unary call; raises UserError when the controller cannot be reached or refuses."""
-    with grpc.insecure_channel(address) as channel:
+    with _open_channel(address) as channel:
         try:
             return getattr(rpc.ControllerStub(channel), method)(request, timeout=deadline_s)
         except grpc.RpcError as error:
@@ -39,10 +42,25 @@ def call(address: str, method: str, request: Any, deadline_s: float = _DEADLINE_
             if code is grpc.StatusCode.UNAVAILABLE:
                 raise UserError(
                     f"{address}: no controller answers.",
-                    "Is dynamollm-controller running? Name another address with --controller.",
+                    "Is dynamollm-controller running? Name another address with --controller. "
+                    f"Does it ask for certificates? Set {_TLS}_CA, {_TLS}_CERT and {_TLS}_KEY.",
                     EXIT_UNAVAILABLE,
                 ) from None
             raise UserError(f"{address}: {code.name.lower()}: {details}.") from None
+
+
+def _open_channel(address: str) -> grpc.Channel:
+    """Over mutual TLS where the environment names the files; every command finds them there alike."""
+    files = {name: os.environ.get(f"{_TLS}_{name.upper()}", "") for name in ("ca", "cert", "key")}
+    if not any(files.values()) or address.startswith("unix:"):
+        return grpc.insecure_channel(address)
+    if not all(files.values()):
+        raise UserError(f"{_TLS}_CA, {_TLS}_CERT and {_TLS}_KEY belong together.", "Set all three or none.")
+    tls = ClientTls(**files)
+    check_files(tls, _TLS)
+    name = os.environ.get(f"{_TLS}_NAME", "")
+    options = [("grpc.ssl_target_name_override", name)] if name else []
+    return grpc.secure_channel(address, channel_credentials(tls), options=options)
 
 
 def print_json(message: Any) -> None:

@@ -40,7 +40,9 @@ def simulate(
     ] = "none",
     columns: Annotated[
         str | None,
-        typer.Option(help="Columns or JSON keys of your own log: arrival=NAME,input=NAME,output=NAME[,unit=s|ms]."),
+        typer.Option(
+            help="Columns or JSON keys of your own log: arrival=NAME,input=NAME,output=NAME[,unit=s|ms|us|ns]."
+        ),
     ] = None,
     carbon: Annotated[
         str, typer.Option("--carbon-g-per-kwh", help="Grams of CO2 per kWh, or a CSV of hours,value.")

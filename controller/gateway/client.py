@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import grpc
 
 from common.clock import Clock
+from common.errors import UserError
 from common.logs import get_logger
+from common.tls import ClientTls, channel_credentials, stamps
 from controller.api.wire import routing_from_wire, timestamp
 from controller.fleet.port import QueueObservation, RoutingTable
 from controller.gateway.load import Histogram, LoadMeter
@@ -84,7 +86,12 @@ class ControllerClient:
         models: Callable[[], Iterable[str]],
         queues: Callable[[float], Mapping[str, QueueObservation]],
         on_status: Callable[[Sequence[InstanceNow], float], None],
+        tls: ClientTls | None = None,
+        tls_name: str = "",
     ) -> None:
+        self._address = address
+        self._tls = tls if tls is not None and tls.on and not address.startswith("unix:") else None
+        self._tls_name = tls_name
         self.connected = False
         self.reports_failed = 0
         self._gateway_id = gateway_id
@@ -97,8 +104,32 @@ class ControllerClient:
         self._queues = queues
         self._on_status = on_status
         self._table: RoutingTable | None = None
-        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._open()
+
+    def _open(self) -> None:
+        """A channel with the certificates as they are now."""
+        if self._tls is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=_CHANNEL_OPTIONS)
+        else:
+            self._stamps = stamps(self._tls)
+            named = [("grpc.ssl_target_name_override", self._tls_name)] if self._tls_name else []
+            self._channel = grpc.aio.secure_channel(
+                self._address, channel_credentials(self._tls), options=[*_CHANNEL_OPTIONS, *named]
+            )
         self._stub = rpc.ControllerStub(self._channel)
+
+    async def _take_up_renewal(self) -> None:
+        """A connection that broke is made anew with a certificate that was renewed meanwhile."""
+        if self._tls is None or stamps(self._tls) in ((), self._stamps):
+            return
+        before = self._channel
+        try:
+            self._open()
+        except UserError as error:
+            _log.error("certificate_unreadable", detail=str(error))
+            return
+        _log.info("certificate_renewed")
+        await before.close(grace=REPORT_DEADLINE_S)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -128,6 +159,7 @@ class ControllerClient:
                     "controller_lost", reason=reason, kept_version=self._table.version if self._table else None
                 )
             self.connected, told = False, True
+            await self._take_up_renewal()
             await asyncio.sleep(delay_s)
             delay_s = min(RETRY_S[1], delay_s * 1.5)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from common.config import ConfigModel
+from common.tls import ClientTls
 from controller.domain.slo import Slo
 
 DEFAULT_PATH = Path("/etc/dynamollm/gateway.toml")
@@ -134,7 +135,7 @@ class PickerConfig(ConfigModel):
 
 class SloConfig(ConfigModel):
     """Bounds of the service level objectives, for what is reported as within them and for the order of the queue.
-    Should equal the controller's."""
+    Should be those that the controller's profile was measured for."""
 
     ttft_s_ms: Milliseconds = Slo().ttft_s_ms
     ttft_m_ms: Milliseconds = Slo().ttft_m_ms
@@ -158,6 +159,9 @@ class GatewayConfig(ConfigModel):
     gateway_id: str = Field(default="", max_length=100, description="Name in load reports. Empty: the host's name.")
     listen: str = Field(default="127.0.0.1:8800", description="HOST:PORT of the OpenAI-compatible API; port 0: any.")
     controller: str = Field(default="127.0.0.1:7700", description="gRPC address of the controller.")
+    controller_tls_name: str = Field(
+        default="", description="Name in the controller's certificate. Empty: the host of its address."
+    )
     report_interval_s: Seconds = Field(default=1.0, description="How often the load is reported to the controller.")
     state_dir: str = Field(
         default="",
@@ -169,6 +173,10 @@ class GatewayConfig(ConfigModel):
     slo: SloConfig = SloConfig()
     access: AccessConfig = AccessConfig()
     tls: TlsConfig = TlsConfig()
+    controller_tls: ClientTls = Field(
+        default=ClientTls(),
+        description="Mutual TLS to the controller; it lets this certificate's name in by its scopes.",
+    )
     picker: PickerConfig = PickerConfig()
     log: LogConfig = LogConfig()
 

@@ -105,6 +105,8 @@ async def run(config: GatewayConfig, listener: socket.socket) -> None:
         brain.models,
         brain.queues,
         brain.status,
+        tls=config.controller_tls,
+        tls_name=config.controller_tls_name,
     )
     if (last := snapshot.load()) is not None:
         # Routed by until the controller sends the first of its own; stale instances fail over.

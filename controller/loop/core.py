@@ -98,7 +98,7 @@ class Core:
         return self._step(turn)
 
     def order(self, now: Instant, order: Order) -> Step:
-        """Takes an order of an operator or of the grid."""
+        """Takes an order of an operator."""
         turn = Turn(now, self.state)
         match order:
             case SetMode():

@@ -1,4 +1,4 @@
-"""Orders of operators and of the grid to the core: the lever is pulled between two ticks, and recorded.
+"""Orders of operators to the core: the lever is pulled between two ticks, and recorded.
 
 Who asked and why goes into the history beside the order (`orders` table); the core acts on the order alone.
 """

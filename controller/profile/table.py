@@ -206,22 +206,22 @@ class Profile:
         return canonical_json({**_body(self), "checksum": self.checksum()})
 
     @staticmethod
-    def from_json(text: str) -> Profile:
-        """Reads what `to_json` wrote; raises UserError that says what is wrong with it."""
+    def from_json(text: str, name: str = "profile") -> Profile:
+        """Reads what `to_json` wrote; raises UserError that says what is wrong with it, by its `name`."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UserError(f"profile: not valid JSON: {error}.", "Export it again.") from None
+            raise UserError(f"{name}: not valid JSON: {error}.", "Export it again.") from None
         if not isinstance(data, dict):
-            raise UserError("profile: not a JSON object.", "Export it again.")
+            raise UserError(f"{name}: not a JSON object.", "Export it again.")
         if data.get("schema") != SCHEMA:
-            raise UserError(f"profile: schema {data.get('schema')!r}, this program reads {SCHEMA}.", "Calibrate again.")
+            raise UserError(f"{name}: schema {data.get('schema')!r}, this program reads {SCHEMA}.", "Calibrate again.")
         try:
             profile = _parse(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"profile: a field is missing or malformed: {error!r}.", "Export it again.") from None
+            raise UserError(f"{name}: a field is missing or malformed: {error!r}.", "Export it again.") from None
         if data.get("checksum") != profile.checksum():
-            raise UserError("profile: its checksum does not match its content.", "Export it again; do not edit it.")
+            raise UserError(f"{name}: its checksum does not match its content.", "Export it again; do not edit it.")
         return profile
 
 

@@ -75,7 +75,7 @@ def open_engine(url: str, *, patience_s: float = PATIENCE_S, create: bool = Fals
 
 def parse_url(url: str) -> URL:
     """Raises UserError for anything but SQLite with a file or Postgres."""
-    hint = "Write sqlite:////var/lib/dynamollm/history.db or postgresql://user@host:5432/name."
+    hint = "Write sqlite:////var/lib/dynamollm/controller.db or postgresql://user@host:5432/name."
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):

@@ -269,7 +269,7 @@ class InputSnapshotModel(Base):
 
 
 class OrderModel(Base):
-    """What operators and the grid asked for, and who."""
+    """What operators asked for, and who."""
 
     __tablename__ = "orders"
     __table_args__ = (UniqueConstraint("term", "number"), Index(None, "kind", "scope", "ordered_at"))

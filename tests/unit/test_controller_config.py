@@ -52,3 +52,19 @@ def test_check_config_says_what_is_missing(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["check-config", "--config", str(SAMPLE)])
     assert isinstance(result.exception, UserError)
     assert "profile.json: no such profile" in str(result.exception)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:7700", "[::]:7700", "10.0.0.1:7700", "controller.fleet:7700", ":7700"])
+def test_beyond_this_machine_it_listens_with_tls_only(listen: str) -> None:
+    with pytest.raises(UserError, match=r"is not a loopback address; without \[tls\]"):
+        load_config(ControllerConfig, "controller", SAMPLE, {}, {"listen": listen})
+    files = {f"DYNAMOLLM_CONTROLLER__TLS__{name}": f"/{name}.pem" for name in ("CERT", "KEY", "CLIENT_CA")}
+    assert load_config(ControllerConfig, "controller", SAMPLE, files, {"listen": listen}).tls.on
+    del files["DYNAMOLLM_CONTROLLER__TLS__KEY"]
+    with pytest.raises(UserError, match="cert, key and client_ca belong together"):
+        load_config(ControllerConfig, "controller", SAMPLE, files, {"listen": listen})
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:7700", "[::1]:7700", "localhost:7700", "unix:/run/dynamollm/c.sock"])
+def test_on_this_machine_it_needs_no_tls(listen: str) -> None:
+    assert not load_config(ControllerConfig, "controller", SAMPLE, {}, {"listen": listen}).tls.on

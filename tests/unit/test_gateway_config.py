@@ -90,3 +90,13 @@ def test_a_port_in_use_is_one_clear_line() -> None:
 def test_an_address_that_is_none_is_said_so() -> None:
     with pytest.raises(UserError, match="no address"):
         bind("no.such.host.invalid:80")
+
+
+def test_check_config_reads_the_file_of_keys(tmp_path: Path) -> None:
+    config = tmp_path / "gateway.toml"
+    config.write_text(f'[access]\nkeys_file = "{tmp_path}/keys"\n')
+    missing = command("check-config", "--config", str(config))
+    assert missing.returncode == 2
+    assert "cannot be read" in missing.stderr
+    (tmp_path / "keys").write_text(f"ada {'0' * 64}\n")
+    assert command("check-config", "--config", str(config)).returncode == 0
