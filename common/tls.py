@@ -6,7 +6,9 @@ A renewed certificate counts from the next channel on: `stamps` tells when the f
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 from pydantic import Field, model_validator
@@ -73,6 +75,19 @@ def channel_credentials(tls: ClientTls) -> grpc.ChannelCredentials:
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}.", "Check the certificate files.") from None
     return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+def open_channel(
+    address: str, tls: ClientTls | None, name: str = "", options: Sequence[tuple[str, Any]] = ()
+) -> grpc.aio.Channel:
+    """A channel with the certificates as they are now, a plain one without `tls`.
+
+    `name`: what the server's certificate says where that is not its address. Raises UserError.
+    """
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=[*options])
+    named = [("grpc.ssl_target_name_override", name)] if name else []
+    return grpc.aio.secure_channel(address, channel_credentials(tls), options=[*options, *named])
 
 
 def stamps(tls: ClientTls) -> tuple[int, ...]:

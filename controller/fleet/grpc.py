@@ -17,7 +17,7 @@ import stamina
 from common.clock import Clock
 from common.errors import UserError
 from common.logs import get_logger
-from common.tls import ClientTls, channel_credentials, stamps
+from common.tls import ClientTls, open_channel, stamps
 from controller.fleet.port import (
     ApplyClocks,
     DrainInstance,
@@ -81,14 +81,8 @@ class AgentClient:
 
     def _open(self) -> None:
         """A channel with the certificates as they are now."""
-        if self._tls is None:
-            self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
-        else:
-            self._stamps = stamps(self._tls)
-            named = [("grpc.ssl_target_name_override", self._tls_name)] if self._tls_name else []
-            self._channel = grpc.aio.secure_channel(
-                self.address, channel_credentials(self._tls), options=[*_CHANNEL_OPTIONS, *named]
-            )
+        self._stamps = stamps(self._tls) if self._tls is not None else ()
+        self._channel = open_channel(self.address, self._tls, self._tls_name, _CHANNEL_OPTIONS)
         self._stub = rpc.NodeAgentStub(self._channel)
 
     async def _take_up_renewal(self) -> None:

@@ -15,7 +15,7 @@ import grpc
 from common.clock import Clock
 from common.errors import UserError
 from common.logs import get_logger
-from common.tls import ClientTls, channel_credentials, stamps
+from common.tls import ClientTls, open_channel, stamps
 from controller.api.wire import routing_from_wire, timestamp
 from controller.fleet.port import QueueObservation, RoutingTable
 from controller.gateway.load import Histogram, LoadMeter
@@ -108,14 +108,8 @@ class ControllerClient:
 
     def _open(self) -> None:
         """A channel with the certificates as they are now."""
-        if self._tls is None:
-            self._channel = grpc.aio.insecure_channel(self._address, options=_CHANNEL_OPTIONS)
-        else:
-            self._stamps = stamps(self._tls)
-            named = [("grpc.ssl_target_name_override", self._tls_name)] if self._tls_name else []
-            self._channel = grpc.aio.secure_channel(
-                self._address, channel_credentials(self._tls), options=[*_CHANNEL_OPTIONS, *named]
-            )
+        self._stamps = stamps(self._tls) if self._tls is not None else ()
+        self._channel = open_channel(self._address, self._tls, self._tls_name, _CHANNEL_OPTIONS)
         self._stub = rpc.ControllerStub(self._channel)
 
     async def _take_up_renewal(self) -> None:

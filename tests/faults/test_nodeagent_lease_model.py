@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -297,17 +298,29 @@ class LeaseModel(RuleBasedStateMachine):
 
     @rule()
     def agent_is_stopped_and_a_new_one_starts(self) -> None:
-        works = not self.disk_full and all(self.healthy(index) for index in range(2))
-        with contextlib.suppress(TimeoutError):
-            # What cannot be restored is tried until the deadline; a fault is not waited for here.
-            self.run(asyncio.wait_for(self.controls.close(), None if works else 0.02))
-        for index, gpu in enumerate(self.driver.gpus):
-            if works:
-                assert gpu.lock_mhz is None
-                assert gpu.memory_lock_mhz is None
-                if not self.capped(index):
-                    assert gpu.limit_w == self.found_w[index]
+        self.run(self.stop_agent())
+        assert self.healthy_are_safe(), "a stopped agent left a GPU that could be written off its safe state"
         self.start_agent(self.boot_id)
+
+    async def stop_agent(self) -> None:
+        """What is faulty is tried until the deadline; that is cut short here, once the others are safe."""
+        closing = asyncio.ensure_future(self.controls.close())
+        give_up_s = time.monotonic() + STOP_DEADLINE_S
+        while not closing.done() and not self.healthy_are_safe() and time.monotonic() < give_up_s:
+            await asyncio.wait({closing}, timeout=0.001)
+        if self.disk_full or not all(self.healthy(index) for index in range(2)):
+            await asyncio.wait({closing}, timeout=0.02)
+            closing.cancel()
+        await asyncio.wait({closing})
+
+    def healthy_are_safe(self) -> bool:
+        return all(
+            gpu.lock_mhz is None
+            and gpu.memory_lock_mhz is None
+            and (self.capped(index) or gpu.limit_w == self.found_w[index])
+            for index, gpu in enumerate(self.driver.gpus)
+            if self.healthy(index)
+        )
 
     def capped(self, index: int) -> bool:
         """Whether anything keeps this GPU's limit down for good."""
