@@ -13,11 +13,13 @@ Logger = structlog.stdlib.BoundLogger
 
 def configure_logs(part: str, form: Literal["text", "json"] = "text", level: str = "info") -> None:
     """Sets up logging of one process; `part` stands in every line."""
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer()
-        if form == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
-    )
+    renderer: structlog.typing.Processor
+    if form == "json":
+        renderer = structlog.processors.JSONRenderer()
+    elif sys.stderr.isatty():
+        renderer = structlog.dev.ConsoleRenderer(pad_event_to=0)
+    else:  # a journal or a file: logfmt, which also costs a third of the above
+        renderer = structlog.processors.LogfmtRenderer(key_order=("timestamp", "level", "event"), drop_missing=True)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

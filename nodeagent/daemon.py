@@ -5,6 +5,7 @@ all of it on SIGTERM. Order is what matters here: nothing is served before every
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -218,6 +219,8 @@ class _Daemon:
 
         await instances.adopt()
         drain.look()
+        gc.collect()
+        gc.freeze()  # what stands now stands to the end: a full collection need not walk it in the middle of a call
         await server.start()
         await status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         write_durably(listen_file, (json.dumps(addresses, indent=1) + "\n").encode(), mode=0o644)

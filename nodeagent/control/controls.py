@@ -108,8 +108,9 @@ class Controls:
         written = Counter(str(result.applied) for result in results.values() if result.applied and not result.detail)
         if written:
             log.info("controls applied", by=str(owner), reason=reason, gpus=dict(written))
-        for index in range(len(wishes)):
-            self._metrics.control_results.labels(wishes[index].key.kind.value, results[index].code.value).inc()
+        outcomes = Counter((wishes[index].key.kind, result.code) for index, result in results.items())
+        for (kind, code), count in outcomes.items():
+            self._metrics.control_results.labels(kind.value, code.value).inc(count)
         return [results[index] for index in range(len(wishes))]
 
     async def release(self, owner: Owner, term: int, gpu_uuids: Sequence[str], reason: str) -> list[Result]:

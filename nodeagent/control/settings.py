@@ -21,6 +21,8 @@ class ControlKind(enum.Enum):
     MEMORY_CLOCK_LOCK = "memory_clock_lock"
     POWER_LIMIT = "power_limit"
 
+    __hash__ = object.__hash__  # members are single objects; the inherited hash is a Python function on the hot path
+
 
 @dataclass(frozen=True, slots=True)
 class ClockLock:

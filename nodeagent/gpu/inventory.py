@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from common.logs import get_logger
+from nodeagent.gpu.carriers import Carriers
 from nodeagent.gpu.driver import DriverUnavailable, GpuDriver, GpuError, GpuHealth
 from nodeagent.gpu.worker import GpuWorker
 
@@ -23,6 +24,7 @@ class Inventory:
     def __init__(self, driver: GpuDriver, call_deadline_s: float) -> None:
         self._driver = driver
         self._deadline_s = call_deadline_s
+        self._carriers = Carriers()
         self._reloading: asyncio.Future[int] | None = None
         self.driver_version = driver.version()
         self.workers = [self._worker(index) for index in range(driver.count())]
@@ -83,7 +85,14 @@ class Inventory:
             self.workers.append(self._worker(index))
 
     def _worker(self, index: int) -> GpuWorker:
-        return GpuWorker(self._driver, index, self._deadline_s, _log_health, lambda uuid: self.find(uuid) is not None)
+        return GpuWorker(
+            self._driver,
+            index,
+            self._deadline_s,
+            self._carriers,
+            _log_health,
+            lambda uuid: self.find(uuid) is not None,
+        )
 
 
 def _log_health(worker: GpuWorker) -> None:

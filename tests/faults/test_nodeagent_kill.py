@@ -75,6 +75,7 @@ class TestKilled:
         host.start(wait=False)
         until(lambda: host.locks() == [None] * 4)
         host.wait_serving()
+        until(lambda: host.log().count("event=serving ") == 2)
         log = host.log()
         assert 0 < log.rindex("control restored") < log.rindex("serving")
 
