@@ -6,47 +6,27 @@ everything; TCP beyond loopback needs a client certificate, whose name or URI th
 
 from __future__ import annotations
 
-import enum
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
 from common import tls_server
-from common.logs import get_logger
+from common.scopes import Caller, Context, Handler, Scope, ScopeGate, by_certificate, caller
 from common.tls import check_pem
-from common.tls_server import names_of
 from dynamollm.v1 import node_agent_pb2 as pb
 from nodeagent.audit import AuditLog
 from nodeagent.config import ListenConfig, SecurityConfig
 from nodeagent.errors import Denied
 from nodeagent.telemetry.metrics import AgentMetrics
 
-log = get_logger(__name__)
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = Any
-"""grpc.RpcMethodHandler: its attributes are not typed."""
-
 MAX_REQUEST_BYTES = 256 * 1024
 """Eight times the largest batch of controls."""
 MAX_CALLS = 512
 """Calls and streams under way at once; more are refused by the library."""
 _MAX_TEXT = 500
-_PREFIX = "/dynamollm.v1.NodeAgent/"
-
-
-class Scope(enum.IntEnum):
-    """What a caller may do; each includes those below it."""
-
-    NONE = 0
-    READ = 1
-    CONTROL = 2
-    """What a controller does: leases and instances under its term, the guard's rules, tripping the floor."""
-    ADMIN = 3
-    """What an operator does: calls in an operator's name, lifting the floor, taking the node out of service."""
+SERVICE = pb.DESCRIPTOR.services_by_name["NodeAgent"].full_name
 
 
 NEEDS: dict[str, Scope] = {
@@ -72,19 +52,6 @@ NEEDS: dict[str, Scope] = {
 """Least scope of each method. One that is missing here is refused to all (a test keeps the table whole)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who is on the other end."""
-
-    name: str
-    scope: Scope
-
-
-_HERE = Caller("this process", Scope.ADMIN)
-caller: ContextVar[Caller] = ContextVar("caller", default=_HERE)
-"""The caller of the request being served."""
-
-
 def require(scope: Scope, what: str) -> None:
     """Raises Denied unless the present caller has this scope."""
     present = caller.get()
@@ -98,12 +65,7 @@ def identify(peer: str, auth: Mapping[str, Any], config: SecurityConfig) -> Call
         return Caller("unix socket", Scope.ADMIN)
     if auth.get("transport_security_type") not in ([b"ssl"], (b"ssl",)):
         return Caller(peer, Scope[config.loopback_scope.upper()])  # bound to loopback only, see ListenConfig
-    names = names_of(auth)
-    known = {name: Scope[config.scopes[name].upper()] for name in names if name in config.scopes}
-    if not known:
-        return Caller(" / ".join(names) or "a certificate without a name", Scope[config.default_scope.upper()])
-    name = max(known, key=lambda candidate: known[candidate])
-    return Caller(name, known[name])
+    return by_certificate(auth, config.scopes, Scope[config.default_scope.upper()])
 
 
 def check_certificates(config: ListenConfig) -> None:
@@ -126,70 +88,35 @@ def server_credentials(config: ListenConfig) -> grpc.ServerCredentials:
     return tls_server.server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca, hint)
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class Gate(ScopeGate):
     """Lets a call through if its caller has the scope, and writes down every call that may change something."""
 
     def __init__(self, config: SecurityConfig, audit: AuditLog, metrics: AgentMetrics) -> None:
-        self._config = config
+        super().__init__(SERVICE, NEEDS, lambda context: identify(context.peer(), context.auth_context(), config))
         self._audit = audit
         self._metrics = metrics
 
-    async def intercept_service(
-        self, continuation: Callable[[Any], Awaitable[Handler]], details: grpc.HandlerCallDetails
-    ) -> Handler:
-        handler = await continuation(details)
-        if handler is None or not details.method.startswith(_PREFIX):
-            return handler  # health and reflection tell nothing about GPUs
-        method = details.method.removeprefix(_PREFIX)
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._streaming(method, handler), response_serializer=handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, handler), response_serializer=handler.response_serializer
-        )
+    def denied(self, needed: Scope) -> None:
+        self._metrics.calls_denied.labels(needed.name.lower()).inc()
 
-    def _unary(self, method: str, handler: Handler) -> Any:
-        changes = NEEDS.get(method, Scope.ADMIN) > Scope.READ
-
-        async def answer(data: bytes, context: Context) -> Message:
-            outcome, detail = "internal", ""
-            request = None
-            try:
-                await self._admit(method, context)
-                request = await _parsed(method, handler, data, context)
-                response: Message = await handler.unary_unary(request, context)
-                outcome, detail = "ok", _told(response)
-                return response
-            finally:
-                if changes:
-                    if outcome != "ok":
-                        code = context.code()
-                        outcome = code.name.lower() if isinstance(code, grpc.StatusCode) else "cancelled"
-                        detail = str(context.details() or "")
-                    self._write(method, request, outcome, detail)
-
-        return answer
-
-    def _streaming(self, method: str, handler: Handler) -> Any:
-        async def answer(data: bytes, context: Context) -> AsyncIterator[Message]:
-            await self._admit(method, context)
-            request = await _parsed(method, handler, data, context)
-            async for message in handler.unary_stream(request, context):
-                yield message
-
-        return answer
-
-    async def _admit(self, method: str, context: Context) -> None:
-        present = identify(context.peer(), context.auth_context(), self._config)
-        caller.set(present)
-        needed = NEEDS.get(method)
-        if needed is None or present.scope < needed:
-            self._metrics.calls_denied.labels((needed or Scope.ADMIN).name.lower()).inc()
-            text = f"{method} needs scope {(needed or Scope.ADMIN).name.lower()}"
-            text += f"; {present.name} has {present.scope.name.lower()}"
-            log.warning("denied", method=method, caller=present.name)
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, text)
+    async def answer(self, method: str, handler: Handler, data: bytes, context: Context) -> Message:
+        if NEEDS.get(method, Scope.ADMIN) <= Scope.READ:
+            seen: Message = await super().answer(method, handler, data, context)
+            return seen
+        outcome, detail = "internal", ""
+        request = None
+        try:
+            await self.admit(method, context)
+            request = await self.parsed(method, handler, data, context)
+            response: Message = await handler.unary_unary(request, context)
+            outcome, detail = "ok", _told(response)
+            return response
+        finally:
+            if outcome != "ok":
+                code = context.code()
+                outcome = code.name.lower() if isinstance(code, grpc.StatusCode) else "cancelled"
+                detail = str(context.details() or "")
+            self._write(method, request, outcome, detail)
 
     def _write(self, method: str, request: Any, outcome: str, detail: str) -> None:
         who = caller.get().name
@@ -203,14 +130,6 @@ class Gate(grpc.aio.ServerInterceptor):
         self._audit.write(
             who, what[: 8 * _MAX_TEXT], why[:_MAX_TEXT], outcome, request.request_id[:128], detail[:_MAX_TEXT]
         )
-
-
-async def _parsed(method: str, handler: Handler, data: bytes, context: Context) -> Any:
-    """The message; the library itself would answer bad bytes with an `unknown` and a traceback in the log."""
-    try:
-        return handler.request_deserializer(data)
-    except Exception:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no request of {method}")
 
 
 def _told(response: Message) -> str:

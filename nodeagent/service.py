@@ -15,6 +15,7 @@ import grpc
 from google.protobuf.message import Message
 
 from common.logs import get_logger
+from common.scopes import Scope, caller
 from dynamollm.v1 import node_agent_pb2 as pb
 from dynamollm.v1 import node_agent_pb2_grpc as rpc
 from dynamollm.v1 import types_pb2 as types
@@ -29,7 +30,7 @@ from nodeagent.errors import AlreadyExists, Denied, Invalid, NotFound, Precondit
 from nodeagent.gpu.inventory import Inventory
 from nodeagent.host import HostFacts
 from nodeagent.idempotency import RequestLog
-from nodeagent.security import Scope, caller, require
+from nodeagent.security import require
 from nodeagent.telemetry.stream import SampleStream
 
 log = get_logger(__name__)
@@ -101,7 +102,8 @@ class NodeAgentService(rpc.NodeAgentServicer):
     async def ReleaseControls(self, request: pb.ReleaseControlsRequest, context: Context) -> pb.ReleaseControlsResponse:
         async def work() -> pb.ReleaseControlsResponse:
             owner = _allowed(wire.owner_from(request.owner))
-            results = await self._controls.release(owner, request.term, list(request.gpu_uuids), request.reason)
+            kinds = wire.kinds_from(request)
+            results = await self._controls.release(owner, request.term, list(request.gpu_uuids), request.reason, kinds)
             return pb.ReleaseControlsResponse(results=[wire.result_to(result) for result in results])
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))

@@ -11,7 +11,7 @@ from dynamollm.v1 import types_pb2 as types
 from nodeagent.control.guard_rules import GuardState, SloBoost, WattsFloor
 from nodeagent.control.leases import Lease, Owner, OwnerKind
 from nodeagent.control.results import Code, Result, Wish
-from nodeagent.control.settings import ClockLock, ControlKey, MemoryClockLock, PowerLimit, Setting
+from nodeagent.control.settings import ClockLock, ControlKey, ControlKind, MemoryClockLock, PowerLimit, Setting
 from nodeagent.drain import Drained
 from nodeagent.engine.feed import InstanceView
 from nodeagent.engine.lifecycle import State
@@ -31,6 +31,7 @@ _OWNER_KINDS = {
     types.OWNER_KIND_OPERATOR: OwnerKind.OPERATOR,
     types.OWNER_KIND_GUARD: OwnerKind.GUARD,
 }
+_CONTROL_KINDS = {pb.ControlKind.Value(f"CONTROL_KIND_{kind.name}"): kind for kind in ControlKind}
 _OWNER_KIND_NUMBERS = {kind: number for number, kind in _OWNER_KINDS.items()}
 _CODES = {code: pb.ControlCode.Value(f"CONTROL_CODE_{code.name}") for code in Code}
 _STATES = {state: types.InstanceState.Value(f"INSTANCE_STATE_{state.name}") for state in State}
@@ -56,6 +57,14 @@ def wishes_from(request: pb.ApplyControlsRequest) -> list[Wish]:
     if len(request.lease.reason) > MAX_REASON:
         raise Invalid(f"lease.reason has {len(request.lease.reason)} characters; {MAX_REASON} are enough")
     return [Wish(control.gpu_uuid, _setting_from(control)) for control in request.controls]
+
+
+def kinds_from(request: pb.ReleaseControlsRequest) -> frozenset[ControlKind]:
+    """Those to release; all where none is named. Raises Invalid for one that is not known."""
+    unknown = [number for number in request.kinds if number not in _CONTROL_KINDS]
+    if unknown:
+        raise Invalid(f"kinds holds {unknown[0]}, which is no kind of control")
+    return frozenset(_CONTROL_KINDS[number] for number in request.kinds) or frozenset(ControlKind)
 
 
 def _setting_from(control: pb.ControlRequest) -> Setting:

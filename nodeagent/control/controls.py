@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from common.clock import Clock
 from common.logs import get_logger
@@ -113,17 +113,26 @@ class Controls:
             self._metrics.control_results.labels(kind.value, code.value).inc(count)
         return [results[index] for index in range(len(wishes))]
 
-    async def release(self, owner: Owner, term: int, gpu_uuids: Sequence[str], reason: str) -> list[Result]:
-        """Restores what `owner`'s kind holds; on GPUs named one by one also what a weaker owner holds."""
+    async def release(
+        self,
+        owner: Owner,
+        term: int,
+        gpu_uuids: Sequence[str],
+        reason: str,
+        kinds: Collection[ControlKind] = frozenset(ControlKind),
+    ) -> list[Result]:
+        """Restores what `owner`'s kind holds of these controls; on GPUs named one by one also what a weaker one holds."""
         self._admit(owner, term)
         named = set(gpu_uuids)
         live = self._leases.live(self._clock.monotonic_s())
         keys = [
-            key for key, lease in live.items() if (key.gpu_uuid in named if named else lease.owner.kind is owner.kind)
+            key
+            for key, lease in live.items()
+            if key.kind in kinds and (key.gpu_uuid in named if named else lease.owner.kind is owner.kind)
         ]
         caps = [
             cap.key
-            for cap in self._caps.all()
+            for cap in (self._caps.all() if ControlKind.POWER_LIMIT in kinds else [])
             if (cap.gpu_uuid in named and cap.owner.kind <= owner.kind if named else cap.owner.kind is owner.kind)
         ]
         busy = {key.gpu_uuid for key in keys} | {uuid for uuid, _ in caps}

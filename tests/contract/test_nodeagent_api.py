@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import stat
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -280,10 +279,15 @@ class TestTelemetry:
 
     def test_metrics_can_be_scraped(self, host: NodeHost) -> None:
         apply(host, clock(host, 0, 1200))
-        time.sleep(0.5)
-        page = urllib.request.urlopen(host.addresses()["metrics"], timeout=10).read().decode()
-        lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
         labels = f'{{gpu="0",gpu_uuid="{host.uuids[0]}"}}'
+        lines: dict[str, str] = {}
+
+        def sampled() -> bool:
+            page = urllib.request.urlopen(host.addresses()["metrics"], timeout=10).read().decode()
+            lines.update(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+            return lines.get(f"dynamollm_gpu_locked_clock_hertz{labels}") == "1.2e+09"
+
+        until(sampled)
         assert float(lines[f"dynamollm_gpu_up{labels}"]) == 1
         assert float(lines[f"dynamollm_gpu_locked_clock_hertz{labels}"]) == 1.2e9
         assert float(lines[f"dynamollm_gpu_power_watts{labels}"]) > 50

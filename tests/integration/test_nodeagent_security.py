@@ -13,10 +13,11 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from common.scopes import Scope
 from dynamollm.v1 import node_agent_pb2 as pb
 from dynamollm.v1 import node_agent_pb2_grpc as rpc
 from dynamollm.v1 import types_pb2 as types
-from nodeagent.security import MAX_REQUEST_BYTES, NEEDS, Scope
+from nodeagent.security import MAX_REQUEST_BYTES, NEEDS
 from tests.certificates import Authority, Pair
 from tests.nodehost import NodeHost, refused, until
 
