@@ -74,13 +74,15 @@ def show_config(
 def restore(config: ConfigOption = None, state_dir: StateOption = None, log_level: LevelOption = None) -> None:
     """Makes safe what a dead agent left behind: clocks unlocked, power limits as found. Refuses while one is alive."""
     loaded = _load(config, state_dir, log_level=log_level)
+    if state_dir is not None and not loaded.state_dir.is_dir():
+        raise UserError(f"{state_dir} is no folder.", "Name the state folder of the agent that died.")
     from nodeagent import daemon
 
     found, left = asyncio.run(daemon.restore(loaded))
     for key in found:
         typer.echo(f"{key}: {'NOT restored' if key in left else 'restored'}")
     if not found:
-        typer.echo("nothing to restore")
+        typer.echo(f"{loaded.state_dir}: nothing to restore")
     if left:
         raise UserError(f"{len(left)} controls are not restored.", "See the log above; try again.", exit_code=1)
 

@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -67,6 +68,13 @@ class TestKilled:
         assert restored.stdout.count(": restored") == 4
         assert host.locks() == [None] * 4
         assert "nothing to restore" in host.restore().stdout
+
+    def test_restore_of_a_folder_that_is_not_there_is_an_error(self, host: NodeHost) -> None:
+        """A slip of the finger must not read as "all is well"."""
+        command = [sys.executable, "-m", "nodeagent.cli", "restore", "--state-dir", str(host.state_dir / "slip")]
+        done = subprocess.run(command, env=host.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "slip is no folder" in done.stderr
 
     def test_the_next_start_unlocks_before_it_serves(self, host: NodeHost) -> None:
         host.start()
