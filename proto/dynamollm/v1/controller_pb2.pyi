@@ -63,6 +63,36 @@ FRESHNESS_STALE: Freshness.ValueType  # 2
 FRESHNESS_LOST: Freshness.ValueType  # 3
 Global___Freshness: _TypeAlias = Freshness  # noqa: Y015
 
+class _EmergencyStage:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EmergencyStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EmergencyStage.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EMERGENCY_STAGE_UNSPECIFIED: _EmergencyStage.ValueType  # 0
+    EMERGENCY_STAGE_REORDER: _EmergencyStage.ValueType  # 1
+    """What can still meet its deadline is served before what cannot."""
+    EMERGENCY_STAGE_FULL_CLOCK: _EmergencyStage.ValueType  # 2
+    """The controller's part: nothing more for a gateway to do."""
+    EMERGENCY_STAGE_MOVE: _EmergencyStage.ValueType  # 3
+    """Waiting requests compete for room in pools that dominate theirs."""
+    EMERGENCY_STAGE_REFUSE: _EmergencyStage.ValueType  # 4
+    """What waits past its deadline is refused."""
+
+class EmergencyStage(_EmergencyStage, metaclass=_EmergencyStageEnumTypeWrapper):
+    """A stage of the emergency ladder; each holds all that those before it do."""
+
+EMERGENCY_STAGE_UNSPECIFIED: EmergencyStage.ValueType  # 0
+EMERGENCY_STAGE_REORDER: EmergencyStage.ValueType  # 1
+"""What can still meet its deadline is served before what cannot."""
+EMERGENCY_STAGE_FULL_CLOCK: EmergencyStage.ValueType  # 2
+"""The controller's part: nothing more for a gateway to do."""
+EMERGENCY_STAGE_MOVE: EmergencyStage.ValueType  # 3
+"""Waiting requests compete for room in pools that dominate theirs."""
+EMERGENCY_STAGE_REFUSE: EmergencyStage.ValueType  # 4
+"""What waits past its deadline is refused."""
+Global___EmergencyStage: _TypeAlias = EmergencyStage  # noqa: Y015
+
 @_typing.final
 class WatchRoutingRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -127,6 +157,7 @@ class RoutingPool(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     CLASSES_FIELD_NUMBER: _builtins.int
     INSTANCES_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     model: _builtins.str
     @_builtins.property
@@ -135,6 +166,10 @@ class RoutingPool(_message.Message):
 
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoutingInstance]: ...
+    @_builtins.property
+    def order(self) -> Global___PoolOrder:
+        """Absent while no deadline is at risk."""
+
     def __init__(
         self,
         *,
@@ -142,14 +177,101 @@ class RoutingPool(_message.Message):
         model: _builtins.str = ...,
         classes: _abc.Iterable[_builtins.str] | None = ...,
         instances: _abc.Iterable[Global___RoutingInstance] | None = ...,
+        order: Global___PoolOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "instances", b"instances", "model", b"model", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "instances", b"instances", "model", b"model", "name", b"name", "order", b"order"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RoutingPool: _TypeAlias = RoutingPool  # noqa: Y015
+
+@_typing.final
+class PoolOrder(_message.Message):
+    """What to do with the requests that wait for a pool. Holds for ttl_s from when it is heard, unless it is sent again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LimitsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class PromptTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    TTL_S_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    stage: Global___EmergencyStage.ValueType
+    ttl_s: _builtins.float
+    retry_after_s: _builtins.float
+    """For Retry-After."""
+    @_builtins.property
+    def first_token_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Seconds to the first token once an instance has the request, by input bucket S, M, L."""
+
+    @_builtins.property
+    def limits(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """max_in_flight of instances whose engine queues, below the table's, by instance id."""
+
+    @_builtins.property
+    def prompt_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Prompt tokens without a first answer at which an instance gets nothing more, by instance id."""
+
+    def __init__(
+        self,
+        *,
+        stage: Global___EmergencyStage.ValueType = ...,
+        ttl_s: _builtins.float = ...,
+        first_token_s: _abc.Iterable[_builtins.float] | None = ...,
+        retry_after_s: _builtins.float = ...,
+        limits: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        prompt_tokens: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token_s", b"first_token_s", "limits", b"limits", "prompt_tokens", b"prompt_tokens", "retry_after_s", b"retry_after_s", "stage", b"stage", "ttl_s", b"ttl_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolOrder: _TypeAlias = PoolOrder  # noqa: Y015
 
 @_typing.final
 class RoutingInstance(_message.Message):
@@ -161,6 +283,7 @@ class RoutingInstance(_message.Message):
     MAX_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     ACCEPTS_NEW_FIELD_NUMBER: _builtins.int
+    MARGINAL_JOULES_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     endpoint: _builtins.str
     tensor_parallel: _builtins.int
@@ -170,6 +293,10 @@ class RoutingInstance(_message.Message):
     """Relative share of its pool's load."""
     accepts_new: _builtins.bool
     """False while it drains: it finishes what it has."""
+    @_builtins.property
+    def marginal_joules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Joules of one request more, holding 0, 1/n ... n/n of max_in_flight; empty: no profile tells."""
+
     def __init__(
         self,
         *,
@@ -179,10 +306,11 @@ class RoutingInstance(_message.Message):
         max_in_flight: _builtins.int = ...,
         weight: _builtins.float = ...,
         accepts_new: _builtins.bool = ...,
+        marginal_joules: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_new", b"accepts_new", "endpoint", b"endpoint", "instance_id", b"instance_id", "max_in_flight", b"max_in_flight", "tensor_parallel", b"tensor_parallel", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_new", b"accepts_new", "endpoint", b"endpoint", "instance_id", b"instance_id", "marginal_joules", b"marginal_joules", "max_in_flight", b"max_in_flight", "tensor_parallel", b"tensor_parallel", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -197,6 +325,7 @@ class ReportLoadRequest(_message.Message):
     REPORTED_AT_FIELD_NUMBER: _builtins.int
     CLASSES_FIELD_NUMBER: _builtins.int
     QUEUES_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     epoch: _builtins.str
     """Changes with every start of the gateway; counters begin at zero again."""
@@ -206,6 +335,10 @@ class ReportLoadRequest(_message.Message):
     def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassLoad]: ...
     @_builtins.property
     def queues(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolQueue]: ...
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChoiceSample]:
+        """A sample of the choices made, each told until a report has arrived; told twice it counts once."""
+
     def __init__(
         self,
         *,
@@ -214,14 +347,111 @@ class ReportLoadRequest(_message.Message):
         reported_at: _timestamp_pb2.Timestamp | None = ...,
         classes: _abc.Iterable[Global___ClassLoad] | None = ...,
         queues: _abc.Iterable[Global___PoolQueue] | None = ...,
+        choices: _abc.Iterable[Global___ChoiceSample] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reported_at", b"reported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "epoch", b"epoch", "gateway_id", b"gateway_id", "queues", b"queues", "reported_at", b"reported_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "classes", b"classes", "epoch", b"epoch", "gateway_id", b"gateway_id", "queues", b"queues", "reported_at", b"reported_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportLoadRequest: _TypeAlias = ReportLoadRequest  # noqa: Y015
+
+@_typing.final
+class ChoiceSample(_message.Message):
+    """Why one request went where it did. Nothing of its prompt or its sender."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    CHOSEN_AT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    REQUEST_CLASS_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    DECIDED_BY_FIELD_NUMBER: _builtins.int
+    QUEUE_MS_FIELD_NUMBER: _builtins.int
+    SPEAKS_FOR_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts the samples of one epoch."""
+    model: _builtins.str
+    request_class: _builtins.str
+    """That it was routed as, input bucket first."""
+    input_tokens: _builtins.int
+    pool: _builtins.str
+    instance_id: _builtins.str
+    decided_by: _builtins.str
+    """What decided: only_one, load, energy, kv_use, prefix, spilled, overflow."""
+    queue_ms: _builtins.float
+    speaks_for: _builtins.int
+    """Choices that it stands for: those since the sample before."""
+    @_builtins.property
+    def chosen_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def alternatives(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChoiceAlternative]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        chosen_at: _timestamp_pb2.Timestamp | None = ...,
+        model: _builtins.str = ...,
+        request_class: _builtins.str = ...,
+        input_tokens: _builtins.int = ...,
+        pool: _builtins.str = ...,
+        instance_id: _builtins.str = ...,
+        decided_by: _builtins.str = ...,
+        queue_ms: _builtins.float = ...,
+        speaks_for: _builtins.int = ...,
+        alternatives: _abc.Iterable[Global___ChoiceAlternative] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen_at", b"chosen_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "chosen_at", b"chosen_at", "decided_by", b"decided_by", "input_tokens", b"input_tokens", "instance_id", b"instance_id", "model", b"model", "number", b"number", "pool", b"pool", "queue_ms", b"queue_ms", "request_class", b"request_class", "speaks_for", b"speaks_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChoiceSample: _TypeAlias = ChoiceSample  # noqa: Y015
+
+@_typing.final
+class ChoiceAlternative(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    POOL_FIELD_NUMBER: _builtins.int
+    LOST_BY_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    PENDING_TOKENS_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    instance_id: _builtins.str
+    pool: _builtins.str
+    lost_by: _builtins.str
+    """not_ready, suspect, full, smaller_pool, pool_not_needed, or the term it was worst by."""
+    in_flight: _builtins.int
+    pending_tokens: _builtins.int
+    """Prompt tokens there without an answer yet."""
+    score: _builtins.float
+    """Smaller is better; absent where it was barred."""
+    def __init__(
+        self,
+        *,
+        instance_id: _builtins.str = ...,
+        pool: _builtins.str = ...,
+        lost_by: _builtins.str = ...,
+        in_flight: _builtins.int = ...,
+        pending_tokens: _builtins.int = ...,
+        score: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "score", b"score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "in_flight", b"in_flight", "instance_id", b"instance_id", "lost_by", b"lost_by", "pending_tokens", b"pending_tokens", "pool", b"pool", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
+    _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score) -> _WhichOneofReturnType__score | None: ...
+
+Global___ChoiceAlternative: _TypeAlias = ChoiceAlternative  # noqa: Y015
 
 @_typing.final
 class ClassLoad(_message.Message):
@@ -279,14 +509,42 @@ Global___ClassLoad: _TypeAlias = ClassLoad  # noqa: Y015
 class PoolQueue(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class RefusedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     POOL_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
     OLDEST_WAIT_S_FIELD_NUMBER: _builtins.int
+    AT_RISK_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
     waiting: _builtins.int
     in_flight: _builtins.int
     oldest_wait_s: _builtins.float
+    at_risk: _builtins.int
+    """Waiting with half of the time to their deadline gone, or at an instance, past it and without a first token."""
+    @_builtins.property
+    def refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Cumulative since the gateway's start, by reason. They are among the failed of their classes."""
+
     def __init__(
         self,
         *,
@@ -294,10 +552,12 @@ class PoolQueue(_message.Message):
         waiting: _builtins.int = ...,
         in_flight: _builtins.int = ...,
         oldest_wait_s: _builtins.float = ...,
+        at_risk: _builtins.int = ...,
+        refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_flight", b"in_flight", "oldest_wait_s", b"oldest_wait_s", "pool", b"pool", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_risk", b"at_risk", "in_flight", b"in_flight", "oldest_wait_s", b"oldest_wait_s", "pool", b"pool", "refused", b"refused", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -594,6 +854,7 @@ class InstanceStatus(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     POWER_W_FIELD_NUMBER: _builtins.int
+    KV_USAGE_RATIO_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     node_id: _builtins.str
     tensor_parallel: _builtins.int
@@ -603,6 +864,8 @@ class InstanceStatus(_message.Message):
     running: _builtins.float
     waiting: _builtins.float
     power_w: _builtins.float
+    kv_usage_ratio: _builtins.float
+    """Share of the KV cache in use, as the engine reports it."""
     def __init__(
         self,
         *,
@@ -614,17 +877,22 @@ class InstanceStatus(_message.Message):
         running: _builtins.float | None = ...,
         waiting: _builtins.float | None = ...,
         power_w: _builtins.float | None = ...,
+        kv_usage_ratio: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_running", b"_running", "_waiting", b"_waiting", "power_w", b"power_w", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_usage_ratio", b"_kv_usage_ratio", "_power_w", b"_power_w", "_running", b"_running", "_waiting", b"_waiting", "kv_usage_ratio", b"kv_usage_ratio", "power_w", b"power_w", "running", b"running", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_running", b"_running", "_waiting", b"_waiting", "clock_mhz", b"clock_mhz", "instance_id", b"instance_id", "node_id", b"node_id", "power_w", b"power_w", "running", b"running", "state", b"state", "tensor_parallel", b"tensor_parallel", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_usage_ratio", b"_kv_usage_ratio", "_power_w", b"_power_w", "_running", b"_running", "_waiting", b"_waiting", "clock_mhz", b"clock_mhz", "instance_id", b"instance_id", "kv_usage_ratio", b"kv_usage_ratio", "node_id", b"node_id", "power_w", b"power_w", "running", b"running", "state", b"state", "tensor_parallel", b"tensor_parallel", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kv_usage_ratio: _TypeAlias = _typing.Literal["kv_usage_ratio"]  # noqa: Y015
+    _WhichOneofArgType__kv_usage_ratio: _TypeAlias = _typing.Literal["_kv_usage_ratio", b"_kv_usage_ratio"]  # noqa: Y015
     _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
     _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
     _WhichOneofReturnType__running: _TypeAlias = _typing.Literal["running"]  # noqa: Y015
     _WhichOneofArgType__running: _TypeAlias = _typing.Literal["_running", b"_running"]  # noqa: Y015
     _WhichOneofReturnType__waiting: _TypeAlias = _typing.Literal["waiting"]  # noqa: Y015
     _WhichOneofArgType__waiting: _TypeAlias = _typing.Literal["_waiting", b"_waiting"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_usage_ratio) -> _WhichOneofReturnType__kv_usage_ratio | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
     @_typing.overload
@@ -830,6 +1098,173 @@ class PlanNowResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlanNowResponse: _TypeAlias = PlanNowResponse  # noqa: Y015
+
+@_typing.final
+class SetPowerBudgetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    WATTS_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    WHO_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    scope: _builtins.str
+    """"cluster" or "row:NAME", as configured."""
+    watts: _builtins.float
+    """Absent lifts the budget: the caps found before come back, and the plan is made anew."""
+    who: _builtins.str
+    """Who asks, and why: kept in the history."""
+    why: _builtins.str
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """When it ends by itself; absent: when it is lifted."""
+
+    def __init__(
+        self,
+        *,
+        scope: _builtins.str = ...,
+        watts: _builtins.float | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        who: _builtins.str = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_watts", b"_watts", "until", b"until", "watts", b"watts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_watts", b"_watts", "scope", b"scope", "until", b"until", "watts", b"watts", "who", b"who", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__watts: _TypeAlias = _typing.Literal["watts"]  # noqa: Y015
+    _WhichOneofArgType__watts: _TypeAlias = _typing.Literal["_watts", b"_watts"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__watts) -> _WhichOneofReturnType__watts | None: ...
+
+Global___SetPowerBudgetRequest: _TypeAlias = SetPowerBudgetRequest  # noqa: Y015
+
+@_typing.final
+class SetPowerBudgetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___PowerBudget]: ...
+    def __init__(
+        self,
+        *,
+        budgets: _abc.Iterable[Global___PowerBudget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPowerBudgetResponse: _TypeAlias = SetPowerBudgetResponse  # noqa: Y015
+
+@_typing.final
+class GetPowerBudgetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPowerBudgetRequest: _TypeAlias = GetPowerBudgetRequest  # noqa: Y015
+
+@_typing.final
+class GetPowerBudgetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___PowerBudget]: ...
+    def __init__(
+        self,
+        *,
+        budgets: _abc.Iterable[Global___PowerBudget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPowerBudgetResponse: _TypeAlias = GetPowerBudgetResponse  # noqa: Y015
+
+@_typing.final
+class PowerBudget(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ServedShareEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    WATTS_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    CAPS_W_FIELD_NUMBER: _builtins.int
+    HOSTS_W_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
+    REACHABLE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    SERVED_SHARE_FIELD_NUMBER: _builtins.int
+    scope: _builtins.str
+    watts: _builtins.float
+    caps_w: _builtins.float
+    """What the power caps of its GPUs add up to at most, as far as is known, and what its hosts are taken to draw beside."""
+    hosts_w: _builtins.float
+    power_w: _builtins.float
+    """Last sample; absent while no GPU's power is known."""
+    reachable: _builtins.bool
+    """False: the lowest caps that its GPUs can have are above it."""
+    held: _builtins.bool
+    """True once every cap is confirmed."""
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def served_share(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Of the load expected when it was decided on last, the share that can be served in SLO, by pool."""
+
+    def __init__(
+        self,
+        *,
+        scope: _builtins.str = ...,
+        watts: _builtins.float = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        caps_w: _builtins.float = ...,
+        hosts_w: _builtins.float = ...,
+        power_w: _builtins.float | None = ...,
+        reachable: _builtins.bool = ...,
+        held: _builtins.bool = ...,
+        served_share: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "power_w", b"power_w", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "caps_w", b"caps_w", "held", b"held", "hosts_w", b"hosts_w", "power_w", b"power_w", "reachable", b"reachable", "scope", b"scope", "served_share", b"served_share", "until", b"until", "watts", b"watts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
+    _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
+
+Global___PowerBudget: _TypeAlias = PowerBudget  # noqa: Y015
 
 @_typing.final
 class PreviewPlanRequest(_message.Message):

@@ -74,6 +74,16 @@ class ControllerStub:
                 request_serializer=dynamollm_dot_v1_dot_controller__pb2.PlanNowRequest.SerializeToString,
                 response_deserializer=dynamollm_dot_v1_dot_controller__pb2.PlanNowResponse.FromString,
                 _registered_method=True)
+        self.SetPowerBudget = channel.unary_unary(
+                '/dynamollm.v1.Controller/SetPowerBudget',
+                request_serializer=dynamollm_dot_v1_dot_controller__pb2.SetPowerBudgetRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_controller__pb2.SetPowerBudgetResponse.FromString,
+                _registered_method=True)
+        self.GetPowerBudget = channel.unary_unary(
+                '/dynamollm.v1.Controller/GetPowerBudget',
+                request_serializer=dynamollm_dot_v1_dot_controller__pb2.GetPowerBudgetRequest.SerializeToString,
+                response_deserializer=dynamollm_dot_v1_dot_controller__pb2.GetPowerBudgetResponse.FromString,
+                _registered_method=True)
         self.PreviewPlan = channel.unary_unary(
                 '/dynamollm.v1.Controller/PreviewPlan',
                 request_serializer=dynamollm_dot_v1_dot_controller__pb2.PreviewPlanRequest.SerializeToString,
@@ -137,6 +147,19 @@ class ControllerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetPowerBudget(self, request, context):
+        """Bounds the watts of the cluster or of a row until a time, or lifts that; holds over restarts and takeovers. Audited.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPowerBudget(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PreviewPlan(self, request, context):
         """What planning now would decide, on a copy of the state: nothing is changed and nothing recorded.
         """
@@ -186,6 +209,16 @@ def add_ControllerServicer_to_server(servicer, server):
                     servicer.PlanNow,
                     request_deserializer=dynamollm_dot_v1_dot_controller__pb2.PlanNowRequest.FromString,
                     response_serializer=dynamollm_dot_v1_dot_controller__pb2.PlanNowResponse.SerializeToString,
+            ),
+            'SetPowerBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPowerBudget,
+                    request_deserializer=dynamollm_dot_v1_dot_controller__pb2.SetPowerBudgetRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_controller__pb2.SetPowerBudgetResponse.SerializeToString,
+            ),
+            'GetPowerBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPowerBudget,
+                    request_deserializer=dynamollm_dot_v1_dot_controller__pb2.GetPowerBudgetRequest.FromString,
+                    response_serializer=dynamollm_dot_v1_dot_controller__pb2.GetPowerBudgetResponse.SerializeToString,
             ),
             'PreviewPlan': grpc.unary_unary_rpc_method_handler(
                     servicer.PreviewPlan,
@@ -409,6 +442,60 @@ class Controller:
             '/dynamollm.v1.Controller/PlanNow',
             dynamollm_dot_v1_dot_controller__pb2.PlanNowRequest.SerializeToString,
             dynamollm_dot_v1_dot_controller__pb2.PlanNowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPowerBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.Controller/SetPowerBudget',
+            dynamollm_dot_v1_dot_controller__pb2.SetPowerBudgetRequest.SerializeToString,
+            dynamollm_dot_v1_dot_controller__pb2.SetPowerBudgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPowerBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dynamollm.v1.Controller/GetPowerBudget',
+            dynamollm_dot_v1_dot_controller__pb2.GetPowerBudgetRequest.SerializeToString,
+            dynamollm_dot_v1_dot_controller__pb2.GetPowerBudgetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,9 @@ class ControllerStub:
     """Of the cluster, a pool or a node; holds over restarts until it is set again. Audited."""
     PlanNow: _grpc.UnaryUnaryMultiCallable[_controller_pb2.PlanNowRequest, _controller_pb2.PlanNowResponse]
     """Plans at once instead of at the next tick. The decision comes like any other (ListDecisions). Audited."""
+    SetPowerBudget: _grpc.UnaryUnaryMultiCallable[_controller_pb2.SetPowerBudgetRequest, _controller_pb2.SetPowerBudgetResponse]
+    """Bounds the watts of the cluster or of a row until a time, or lifts that; holds over restarts and takeovers. Audited."""
+    GetPowerBudget: _grpc.UnaryUnaryMultiCallable[_controller_pb2.GetPowerBudgetRequest, _controller_pb2.GetPowerBudgetResponse]
     PreviewPlan: _grpc.UnaryUnaryMultiCallable[_controller_pb2.PreviewPlanRequest, _controller_pb2.PreviewPlanResponse]
     """What planning now would decide, on a copy of the state: nothing is changed and nothing recorded."""
 
@@ -63,6 +66,9 @@ class ControllerAsyncStub(ControllerStub):
     """Of the cluster, a pool or a node; holds over restarts until it is set again. Audited."""
     PlanNow: _aio.UnaryUnaryMultiCallable[_controller_pb2.PlanNowRequest, _controller_pb2.PlanNowResponse]  # type: ignore[assignment]
     """Plans at once instead of at the next tick. The decision comes like any other (ListDecisions). Audited."""
+    SetPowerBudget: _aio.UnaryUnaryMultiCallable[_controller_pb2.SetPowerBudgetRequest, _controller_pb2.SetPowerBudgetResponse]  # type: ignore[assignment]
+    """Bounds the watts of the cluster or of a row until a time, or lifts that; holds over restarts and takeovers. Audited."""
+    GetPowerBudget: _aio.UnaryUnaryMultiCallable[_controller_pb2.GetPowerBudgetRequest, _controller_pb2.GetPowerBudgetResponse]  # type: ignore[assignment]
     PreviewPlan: _aio.UnaryUnaryMultiCallable[_controller_pb2.PreviewPlanRequest, _controller_pb2.PreviewPlanResponse]  # type: ignore[assignment]
     """What planning now would decide, on a copy of the state: nothing is changed and nothing recorded."""
 
@@ -127,6 +133,21 @@ class ControllerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_controller_pb2.PlanNowResponse, _abc.Awaitable[_controller_pb2.PlanNowResponse]]:
         """Plans at once instead of at the next tick. The decision comes like any other (ListDecisions). Audited."""
+
+    @_abc_1.abstractmethod
+    def SetPowerBudget(
+        self,
+        request: _controller_pb2.SetPowerBudgetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_controller_pb2.SetPowerBudgetResponse, _abc.Awaitable[_controller_pb2.SetPowerBudgetResponse]]:
+        """Bounds the watts of the cluster or of a row until a time, or lifts that; holds over restarts and takeovers. Audited."""
+
+    @_abc_1.abstractmethod
+    def GetPowerBudget(
+        self,
+        request: _controller_pb2.GetPowerBudgetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_controller_pb2.GetPowerBudgetResponse, _abc.Awaitable[_controller_pb2.GetPowerBudgetResponse]]: ...
 
     @_abc_1.abstractmethod
     def PreviewPlan(

@@ -93,6 +93,27 @@ CONTROL_CODE_FOREIGN_WRITER: ControlCode.ValueType  # 12
 """Another program changes this GPU's limits or clocks."""
 Global___ControlCode: _TypeAlias = ControlCode  # noqa: Y015
 
+class _ControlKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ControlKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ControlKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONTROL_KIND_UNSPECIFIED: _ControlKind.ValueType  # 0
+    CONTROL_KIND_CLOCK_LOCK: _ControlKind.ValueType  # 1
+    CONTROL_KIND_MEMORY_CLOCK_LOCK: _ControlKind.ValueType  # 2
+    CONTROL_KIND_POWER_LIMIT: _ControlKind.ValueType  # 3
+    """Caps that protect a breaker too."""
+
+class ControlKind(_ControlKind, metaclass=_ControlKindEnumTypeWrapper): ...
+
+CONTROL_KIND_UNSPECIFIED: ControlKind.ValueType  # 0
+CONTROL_KIND_CLOCK_LOCK: ControlKind.ValueType  # 1
+CONTROL_KIND_MEMORY_CLOCK_LOCK: ControlKind.ValueType  # 2
+CONTROL_KIND_POWER_LIMIT: ControlKind.ValueType  # 3
+"""Caps that protect a breaker too."""
+Global___ControlKind: _TypeAlias = ControlKind  # noqa: Y015
+
 @_typing.final
 class GetNodeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -810,6 +831,7 @@ class ReleaseControlsRequest(_message.Message):
     TERM_FIELD_NUMBER: _builtins.int
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     term: _builtins.int
     """Must not be older than the highest term seen; ignored for operators."""
@@ -820,6 +842,10 @@ class ReleaseControlsRequest(_message.Message):
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Empty means all that this owner kind holds."""
 
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___ControlKind.ValueType]:
+        """Only controls of these kinds; empty means all."""
+
     def __init__(
         self,
         *,
@@ -828,10 +854,11 @@ class ReleaseControlsRequest(_message.Message):
         term: _builtins.int = ...,
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
+        kinds: _abc.Iterable[Global___ControlKind.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_uuids", b"gpu_uuids", "owner", b"owner", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu_uuids", b"gpu_uuids", "kinds", b"kinds", "owner", b"owner", "reason", b"reason", "request_id", b"request_id", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
