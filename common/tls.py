@@ -6,15 +6,19 @@ A renewed certificate counts from the next channel on: `stamps` tells when the f
 from __future__ import annotations
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import grpc
 from pydantic import Field, model_validator
 
 from common.config import ConfigModel
 from common.errors import UserError
+from common.logs import get_logger
+
+log = get_logger(__name__)
+Stub = TypeVar("Stub")
 
 
 class ClientTls(ConfigModel):
@@ -88,6 +92,44 @@ def open_channel(
         return grpc.aio.insecure_channel(address, options=[*options])
     named = [("grpc.ssl_target_name_override", name)] if name else []
     return grpc.aio.secure_channel(address, channel_credentials(tls), options=[*options, *named])
+
+
+class Renewing(Generic[Stub]):
+    """A stub whose channel is made anew once the certificates were renewed."""
+
+    def __init__(
+        self,
+        stub: Callable[[grpc.aio.Channel], Stub],
+        address: str,
+        tls: ClientTls | None,
+        name: str = "",
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        """As `open_channel`; a unix socket needs no TLS. Raises UserError."""
+        self._make, self._address, self._name, self._options = stub, address, name, options
+        self._tls = tls if tls is not None and tls.on and not address.startswith("unix:") else None
+        self._open()
+
+    def _open(self) -> None:
+        self._stamps = stamps(self._tls) if self._tls is not None else ()
+        self._channel = open_channel(self._address, self._tls, self._name, self._options)
+        self.stub = self._make(self._channel)
+
+    async def renew(self, grace_s: float) -> None:
+        """For when a connection broke. Files that cannot be used are logged, and the old channel stays."""
+        if self._tls is None or stamps(self._tls) in ((), self._stamps):
+            return
+        before = self._channel
+        try:
+            self._open()
+        except UserError as error:
+            log.error("certificate_unreadable", address=self._address, detail=str(error))
+            return
+        log.info("certificate_renewed", address=self._address)
+        await before.close(grace=grace_s)
+
+    async def close(self) -> None:
+        await self._channel.close()
 
 
 def stamps(tls: ClientTls) -> tuple[int, ...]:

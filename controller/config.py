@@ -12,7 +12,9 @@ from common.tls import ClientTls, check_pem
 from common.tls_server import stays_here
 from controller.domain.classes import RequestClass
 from controller.domain.reasons import Mode
+from controller.fleet.provisioner import PowerHook
 from controller.loop.settings import Knobs, LoopSettings
+from controller.policy.provision import ProvisionSettings
 from controller.store.retention import Limits
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -76,7 +78,7 @@ class PlanningConfig(ConfigModel):
 
     quantile: float = Field(default=0.95, ge=0.5, lt=1, description="quantile of the forecast to provision for")
     fill: float = Field(default=0.85, gt=0, le=1, description="share of the profiled SLO capacity a plan may fill")
-    forecast_half_life_s: Seconds = Field(default=120.0, description="load this old counts half in the forecast")
+    forecast_half_life_s: Seconds = Field(default=300.0, description="load this old counts half in the forecast")
     start_s: Seconds = Field(default=180.0, description="price of an instance start before one was measured")
     min_dwell_s: float = Field(default=60.0, ge=0, description="no new layout sooner than this after the last")
     max_starts_at_once: int = Field(default=4, ge=1)
@@ -106,6 +108,54 @@ class StalenessConfig(ConfigModel):
     load_window_s: Seconds = Field(default=15.0, description="load that clocks are chosen for is the mean over this")
 
 
+class PowerConfig(ConfigModel):
+    """What power budgets (`dynamollm budget`) are reckoned with."""
+
+    host_w: float = Field(
+        default=0.0,
+        ge=0,
+        description="what a host draws beside its GPUs: counts in budgets, and in plans where nodes are turned off",
+    )
+    min_cap_w: float = Field(default=200.0, gt=0, description="lowest power cap of GPUs that do not tell theirs")
+    max_cap_w: float = Field(default=700.0, gt=0, description="highest; also what an unseen GPU is taken to draw")
+    rows: dict[str, list[str]] = Field(
+        default_factory=dict, description="nodes by row: those behind one breaker, which may have a budget of their own"
+    )
+
+
+class ProvisionerConfig(ConfigModel):
+    """Turns whole nodes off when they are not needed, and on ahead of need. Off unless both commands are given."""
+
+    on: list[str] = Field(
+        default_factory=list,
+        description='command and arguments, {node} is the node_id: ["/usr/local/sbin/bmc", "{node}", "on"]; no shell',
+    )
+    off: list[str] = Field(default_factory=list, description="the same to turn it off")
+    timeout_s: Seconds = Field(default=60.0, description="a command that takes longer is killed, and has failed")
+    spare_nodes: int = Field(default=1, ge=0, description="nodes that stay on beyond what is needed")
+    min_on_s: float = Field(default=1800.0, ge=0, description="a node stays on at least for so long")
+    boot_s: Seconds = Field(default=300.0, description="until its agent reports, before that was measured")
+    off_s: Seconds = Field(default=60.0, description="until it is off, before that was measured")
+    boot_w: float = Field(default=0.0, ge=0, description="what a booting node draws; 0: as much as an empty one")
+    give_up_s: Seconds = Field(default=900.0, description="a node that has not come by then has failed")
+
+    @model_validator(mode="after")
+    def _both(self) -> ProvisionerConfig:
+        if bool(self.on) != bool(self.off):
+            raise ValueError("on and off belong together; set both or none")
+        if any(command and not any("{node}" in part for part in command) for command in (self.on, self.off)):
+            raise ValueError("on and off need {node} in an argument, or nobody knows which node is meant")
+        return self
+
+    def hook(self) -> PowerHook | None:
+        return PowerHook(tuple(self.on), tuple(self.off), self.timeout_s) if self.on else None
+
+    def settings(self) -> ProvisionSettings | None:
+        if not self.on:
+            return None
+        return ProvisionSettings(self.spare_nodes, self.min_on_s, self.boot_s, self.off_s, self.boot_w, self.give_up_s)
+
+
 class RetentionConfig(ConfigModel):
     """How many days rows of the history are kept, table by table. 0 keeps them for ever."""
 
@@ -114,6 +164,7 @@ class RetentionConfig(ConfigModel):
     transitions: float = Field(default=400.0, ge=0)
     plans: float = Field(default=90.0, ge=0, description="the last one always stays")
     orders: float = Field(default=1000.0, ge=0, description="the last of each scope always stays")
+    choices: float = Field(default=31.0, ge=0, description="the gateways' sample of theirs")
     telemetry: float = Field(default=400.0, ge=0)
     load: float = Field(default=400.0, ge=0, description="also of the SLO rows")
     inputs: float = Field(default=31.0, ge=0, description="what a replay needs: the bulk of the history")
@@ -128,6 +179,7 @@ class RetentionConfig(ConfigModel):
             "transitions": self.transitions,
             "plans": self.plans,
             "orders": self.orders,
+            "choices": self.choices,
             "telemetry_minute": self.telemetry,
             "load_minute": self.load,
             "slo_minute": self.load,
@@ -153,6 +205,9 @@ class KnobsConfig(ConfigModel):
     instances: bool = True
     sharding: bool = True
     clocks: bool = True
+    emergency: bool = Field(
+        default=True, description="reorder, full clock, move, refuse when waiting requests are about to be late"
+    )
 
 
 class ControllerConfig(ConfigModel):
@@ -188,6 +243,8 @@ class ControllerConfig(ConfigModel):
     planning: PlanningConfig = PlanningConfig()
     staleness: StalenessConfig = StalenessConfig()
     knobs: KnobsConfig = KnobsConfig()
+    power: PowerConfig = PowerConfig()
+    provisioner: ProvisionerConfig = ProvisionerConfig()
     retention: RetentionConfig = RetentionConfig()
     savings: SavingsConfig = SavingsConfig()
 
@@ -196,6 +253,12 @@ class ControllerConfig(ConfigModel):
         ids = [agent.node_id for agent in self.agents]
         if len(set(ids)) < len(ids):
             raise ValueError("agents: every node_id must be unique")
+        for row, nodes in self.power.rows.items():
+            unknown = sorted(set(nodes) - set(ids))
+            if unknown or not nodes:
+                raise ValueError(f"power.rows.{row}: {', '.join(unknown) or 'nothing'} is no node_id of agents")
+        if self.power.min_cap_w > self.power.max_cap_w:
+            raise ValueError("power.min_cap_w is above power.max_cap_w")
         if not self.tls.on and not stays_here(self.listen):
             raise ValueError(
                 f"listen: {self.listen} is not a loopback address; without [tls] the API is served on this machine only"
@@ -236,4 +299,11 @@ class ControllerConfig(ConfigModel):
             hold_s=staleness.hold_s,
             initial_rps={RequestClass.parse(name): rate for name, rate in planning.initial_rps.items()},
             knobs=Knobs(**self.knobs.model_dump()),
+            node_ids=tuple(agent.node_id for agent in self.agents),
+            rows={name: tuple(nodes) for name, nodes in sorted(self.power.rows.items())},
+            host_w=self.power.host_w,
+            hosts_off=bool(self.provisioner.on),
+            host_cycle_s=self.provisioner.off_s + self.provisioner.boot_s,
+            cap_range_w=(self.power.min_cap_w, self.power.max_cap_w),
+            provision=self.provisioner.settings(),
         )

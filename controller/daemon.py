@@ -23,7 +23,7 @@ from common.logs import get_logger
 from common.sd_notify import notify
 from common.tls import check_files
 from common.tls_server import server_credentials
-from controller.api.gate import Gate
+from controller.api.gate import gate
 from controller.api.metrics import ControllerMetrics, serve_metrics
 from controller.api.routing_hub import RoutingHub
 from controller.api.service import ControllerService
@@ -33,14 +33,16 @@ from controller.fleet.grpc import AgentClient
 from controller.housekeeping import keep_house
 from controller.leading import LeadKeeper, take_lead
 from controller.loop.journal import JournaledCore, recover_open_frame
-from controller.loop.orders import Order, SetMode
+from controller.loop.orders import NotePower, Order, SetMode, SetPowerBudget
 from controller.loop.runtime import Runtime
+from controller.policy.provision import NodePower
 from controller.profile.table import Profile
 from controller.store.engine import open_engine, parse_url
 from controller.store.migrate import require_current
 from controller.store.recorder import Recorder, open_recorder
 from controller.store.records import OrderKind
-from controller.store.repositories import last_orders, last_plan, save_profile
+from controller.store.repositories import last_orders, last_plan, list_nodes, save_profile
+from controller.trials import run_trials
 from dynamollm.v1 import controller_pb2, controller_pb2_grpc
 
 _log = get_logger(__name__)
@@ -124,7 +126,16 @@ async def _run(
         _alive()
 
     runtime = Runtime(
-        core, agents, hub, recorder.record, clock, config.telemetry_window_s, metrics.decided, keeper, metrics.ticked
+        core,
+        agents,
+        hub,
+        recorder.record,
+        clock,
+        config.telemetry_window_s,
+        metrics.decided,
+        keeper,
+        metrics.ticked,
+        config.provisioner.hook(),
     )
     runtime.restore(standing)
     for agent in config.agents:
@@ -150,11 +161,13 @@ async def _run(
         recorder.counts,
         runtime,
         lead.holder,
+        recorder.record,
     )
     server = await open_api(config.listen, service, config.tls)
     stop_metrics = serve_metrics(metrics, config.metrics_listen) if config.metrics_listen else None
     keeping = asyncio.create_task(keeper.keep(stop.set))
     housekeeping = asyncio.create_task(keep_house(config, engine, clock))
+    trials = asyncio.create_task(run_trials(runtime, engine, clock))
     _log.info("ready", listen=config.listen, term=lead.term, mode=str(core.state.mode), agents=len(agents))
     notify("READY=1\nSTATUS=leads under term " + str(lead.term))
     try:
@@ -163,6 +176,7 @@ async def _run(
         notify("STOPPING=1")
         keeping.cancel()
         housekeeping.cancel()
+        trials.cancel()
         if keeper.lost_to is None:
             await keeper.give_up()  # at once: another waits for it
         await server.stop(grace=0.5)
@@ -182,6 +196,15 @@ def standing_orders(engine: Engine, now_s: float) -> list[Order]:
     for found in last_orders(engine, OrderKind.MODE):
         orders.append(SetMode(found.scope, Mode(found.value)))
         _log.info("mode_holds", scope=found.scope, mode=found.value, who=found.who, why=found.why)
+    for found in last_orders(engine, OrderKind.BUDGET):
+        # Also one that was lifted, or is over: nobody may have been there to take its caps away.
+        orders.append(SetPowerBudget(found.scope, float(found.value) if found.value else None, found.until_s))
+        if found.value and (found.until_s is None or found.until_s > now_s):
+            _log.info("budget_holds", scope=found.scope, watts=found.value, who=found.who, why=found.why)
+    for node in list_nodes(engine):
+        if node.detail.get("power", NodePower.ON.value) != NodePower.ON.value:
+            orders.append(NotePower(node.node_id))
+            _log.info("node_is_off", node=node.node_id)
     return orders
 
 
@@ -208,7 +231,7 @@ async def open_api(address: str, service: controller_pb2_grpc.ControllerServicer
     """Serves the API; over TLS if that is set. Raises UserError where nobody can listen."""
     # A second server would otherwise share the port and take half of the calls.
     secure = tls.on and not address.startswith("unix")
-    gates = [Gate(tls.scopes)] if secure else []
+    gates = [gate(tls.scopes)] if secure else []
     server = grpc.aio.server(interceptors=gates, options=[("grpc.so_reuseport", 0)])
     controller_pb2_grpc.add_ControllerServicer_to_server(service, server)
     checks = health.aio.HealthServicer()

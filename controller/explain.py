@@ -30,6 +30,9 @@ WHY: Mapping[Reason, str] = {
     Reason.SOLVER_FAILED: "the solver found no plan",
     Reason.NO_CAPACITY: "even all GPUs together cannot carry the expected load within the SLO",
     Reason.NODE_LOST: "a node was lost",
+    Reason.PROFILE_CORRECTED: "live power showed how far the profile may be believed",
+    Reason.PROFILE_DRIFTED: "live power is too far from the profile",
+    Reason.ENGINE_CHANGED: "the profile was measured on another engine, so nothing is known of this one",
     Reason.LEAST_POWER: "that is the clock of least power that meets the SLO at this load",
     Reason.IDLE: "nothing runs on it",
     Reason.QUEUE_BUILDING: "requests wait at the engine, so it works off the queue at full clock",
@@ -37,6 +40,15 @@ WHY: Mapping[Reason, str] = {
     Reason.STALE_TELEMETRY: "its load is unknown, and unknown means full clock",
     Reason.NO_PROFILE: "nothing was measured for this configuration, so it runs at full clock",
     Reason.NOT_SERVING: "it serves nothing yet",
+    Reason.POWER_BUDGET: "a power budget holds",
+    Reason.BUDGET_UNREACHABLE: "the power budget is below the lowest caps of its GPUs",
+    Reason.BUDGET_HELD: "every cap that it needs is confirmed",
+    Reason.BUDGET_ENDED: "the power budget has ended",
+    Reason.NODE_ON: "more nodes are needed",
+    Reason.NODE_OFF: "the node was not needed for as long as going off and coming back costs",
+    Reason.NODE_HOOK_FAILED: "a node could not be turned on or off",
+    Reason.DEADLINES_AT_RISK: "requests that wait for its pool were about to miss their deadlines",
+    Reason.DEADLINES_SAFE: "no waiting request was about to miss its deadline any more",
 }
 
 
@@ -71,6 +83,8 @@ def _head(decision: Decision, decision_id: int | None) -> str:
 
 def _instance(decision: Decision) -> list[str]:
     seen, outcome = decision.inputs, decision.outcome
+    if "stage" in outcome:
+        return _ladder(decision)
     said = []
     mhz, before = outcome.get("mhz"), seen.get("current_mhz")
     kind = f"TP{seen['tp']}, pool {seen['pool']}" if "tp" in seen and "pool" in seen else ""
@@ -95,6 +109,34 @@ def _instance(decision: Decision) -> list[str]:
     return said
 
 
+def _ladder(decision: Decision) -> list[str]:
+    """A step of a pool's emergency ladder."""
+    seen, outcome = decision.inputs, decision.outcome
+    for_s = seen.get("stage_for_s")
+    since = f", where it had been for {for_s:.0f} s" if for_s is not None else ""
+    said = [
+        f"The pool {decision.scope} went from the emergency stage {seen['stage']}{since}, to {outcome['stage']}: "
+        f"{outcome['does']}."
+    ]
+    if seen.get("queued") is None:
+        said.append("What it saw: nothing, no gateway had reported lately; nobody is refused on old news.")
+    else:
+        said.append(
+            f"What it saw: {seen['queued']} waiting for it in the gateways, the longest for "
+            f"{seen['oldest_wait_s']:.2f} s, and {seen['in_flight']} in flight; {seen['at_risk']} at risk, waiting "
+            "with half of their time gone or without a first token when it was due; "
+            f"{seen['refused']} refused since the look before; {seen['engines_waiting']:.0f} waiting inside engines."
+        )
+    lost = [f"{other['stage']} ({other['rejected']})" for other in decision.alternatives]
+    if lost:
+        said.append(f"Stages not taken: {'; '.join(lost)}.")
+    said.append(
+        f"Gateways hold to it for {outcome['order_ttl_s']:g} s unless it is given again; a stage down takes "
+        f"{seen['calm_s']:g} s with nobody at risk."
+    )
+    return said
+
+
 def _clock(other: Mapping[str, Any], chosen_w: float | None) -> str:
     power, why = other.get("predicted_power_w"), other.get("rejected", "")
     if why == "draws more" and power is not None and chosen_w is not None:
@@ -111,11 +153,18 @@ def _clock(other: Mapping[str, Any], chosen_w: float | None) -> str:
 
 def _plan(decision: Decision) -> list[str]:
     seen, outcome = decision.inputs, decision.outcome
+    if "budget" in seen:
+        return _budget(decision)
     problem, demand = seen.get("problem", {}), seen.get("demand", {})
     said = [*_demand(demand, problem), f"What it chose: {decision.sentence}"]
     judged = outcome.get("judged")
     if judged:
         said.append(_judged(judged))
+    if outcome.get("served_share") is not None:
+        said.append(
+            f"The power budget left {outcome['budget_w']:.0f} W to it: {outcome['served_share']:.0%} of the expected "
+            "load can be served in SLO."
+        )
     grants = outcome.get("grants")
     if grants:
         said.append(f"GPUs granted: {', '.join(f'{pool} {n}' for pool, n in sorted(grants.items()))}.")
@@ -125,11 +174,60 @@ def _plan(decision: Decision) -> list[str]:
     missing = outcome.get("missing")
     if missing:
         said.append(f"No place was found for {say(missing)}.")
+    said += _margin(outcome.get("foresight", {}))
     solver = decision.solver
     if solver is not None:
+        way = _WAYS.get(outcome.get("foresight", {}).get("way", ""), solver.solver)
         said.append(
-            f"The solver ({solver.solver}) weighed {solver.columns} kinds of instance in {solver.solve_ms:.0f} ms and "
+            f"The solver ({way}) weighed {solver.columns} kinds of instance in {solver.solve_ms:.0f} ms and "
             f"ended {solver.status}, at most {max(0.0, solver.gap):.2%} above the least possible."
+        )
+    return said
+
+
+def _budget(decision: Decision) -> list[str]:
+    """A power budget that was set, is held, or has ended."""
+    seen, outcome = decision.inputs, decision.outcome
+    said = [f"What came of it: {decision.sentence}"]
+    if "gpus" in seen:
+        hosts = f", beside {seen['hosts_w']:.0f} W of their hosts" if seen["hosts_w"] else ""
+        lowest = f"their caps cannot add up to less than {seen['lowest_w']:.0f} W"
+        said.append(f"It covers {seen['gpus']} GPUs{hosts}; {lowest}.")
+    for pool, served in sorted(outcome.get("slo", {}).items()):
+        said.append(
+            f"What it costs {pool} until the plan has followed: {served['expected_rps']:.2f} equivalent requests/s are "
+            f"expected, {served['carried_rps']:.2f} are carried in SLO ({served['served_share']:.0%})."
+        )
+    for node, counts in list(outcome.get("caps_w", {}).items())[:8]:
+        said.append(f"Caps on {node}: {', '.join(f'{n} GPUs at {watts} W' for watts, n in counts.items())}.")
+    return said
+
+
+# How a plan was found (milp/problem.py, `Way`).
+_WAYS = {
+    "milp": "mixed-integer program",
+    "tables": "tables of least power per pool",
+    "lp+neighbourhood": "relaxation, and whole instances around it",
+    "fallback": "none: fallback",
+}
+
+
+def _margin(foresight: Mapping[str, Any]) -> list[str]:
+    """What a little more would be worth."""
+    pools = foresight.get("pools", {})
+    served = [f"{each['rps_per_100w']:.2f} of {pool}" for pool, each in pools.items() if each["rps_per_100w"]]
+    said = []
+    if served:
+        said.append(f"At the margin, 100 W more would serve {' or '.join(served)} (equivalent requests/s more).")
+    free = [pool for pool, each in pools.items() if not each["rps_per_100w"]]
+    if free:
+        said.append(f"A little more load of {', '.join(free)} would cost nothing: what must stand there serves it.")
+    saves_w = foresight.get("gpu_saves_w")
+    if saves_w is not None:
+        said.append(
+            f"One GPU more would save {saves_w:.0f} W."
+            if saves_w > 0
+            else f"GPUs are not short: one more would only draw {-saves_w:.0f} W."
         )
     return said
 
@@ -199,6 +297,9 @@ def _expected(decision: Decision) -> list[str]:
     parts = []
     if decision.predicted_power_w is not None:
         parts.append(f"{decision.predicted_power_w:.0f} W")
+    attainment = decision.outcome.get("foresight", {}).get("attainment")
+    if attainment is not None:
+        parts.append(f"{attainment:.2%} of the requests in SLO")
     margin = decision.predicted_slo_margin
     if margin is not None:
         parts.append(

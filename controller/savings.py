@@ -103,6 +103,7 @@ class _Window:
     unmeasured_gpu_s: float = 0.0
     instances: dict[str, _Instance] = field(default_factory=dict)  # those that served or idled
     arrived: dict[RequestClass, int] = field(default_factory=dict)
+    completed: dict[RequestClass, int] = field(default_factory=dict)
     tokens: dict[RequestClass, tuple[float, float]] = field(default_factory=dict)
 
     @property
@@ -290,6 +291,34 @@ def _bias(today: Sequence[_Priced]) -> tuple[float, float, float]:
     return ratios[int(0.025 * _RESAMPLES)], mid, ratios[int(0.975 * _RESAMPLES) - 1]
 
 
+# ------------------------------------------------------------------------------------------ energy and requests
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One row's time of the history: the energy of all GPUs, and what was served with it."""
+
+    start_s: float
+    seconds: float
+    energy_j: float
+    requests: float  # equivalent ones
+
+
+def served_minutes(engine: Engine, since_s: float, until_s: float) -> list[Served]:
+    """Oldest first. Raises StoreUnavailable, UserError where there is no profile."""
+    profile, _ = _profile(engine, until_s)
+    group = profile.groups[0].name
+    return [
+        Served(
+            window.start_s,
+            window.seconds,
+            window.energy_j,
+            profile.equivalent_rate(group, {c: float(n) for c, n in window.completed.items()}, window.tokens),
+        )
+        for window in _windows(engine, since_s, until_s, profile.model)
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------- the history
 
 
@@ -346,6 +375,7 @@ def _windows(engine: Engine, since_s: float, until_s: float, model: str) -> list
         if served is None:
             continue
         served.arrived[request_class] = arrived
+        served.completed[request_class] = done
         if arrived and done:
             served.tokens[request_class] = (tokens_in / arrived, tokens_out / done)
     return [found[start] for start in sorted(found) if found[start].unmeasured_gpu_s < 0.05 * found[start].gpu_s]

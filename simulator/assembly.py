@@ -62,6 +62,7 @@ _MEANS = [
     "gpu_hours_freed",
     "mean_gpus",
     "switches",
+    "spilled",
     "clock_changes",
     "carbon_kg",
     "cost_usd",
@@ -146,13 +147,14 @@ def assemble(
         },
         "mismatch": study.mismatch,
         "start_s": study.start_s,
+        "crashes_per_day": study.crashes_per_day,
         "slo": asdict(profile.slo),
         "pools": {name: sorted(str(c) for c in profile.group(name).classes) for name in pools},
         "predictor": _predictor(study, facts),
         "assumptions": {
             "parked_w": profile.parked_w,
-            "carbon_g_per_kwh": float(np.mean(study.carbon.values)),
-            "price_per_kwh": float(np.mean(study.price.values)),
+            "carbon_g_per_kwh": _window_mean(study.carbon, facts["window_s"]),
+            "price_per_kwh": _window_mean(study.price, facts["window_s"]),
             "host_w": [HOST_EMPTY_W, HOST_FULL_W],
             "gpu_limit_w": GPU_LIMIT_W,
             "node_off_after_s": OFF_AFTER_S,
@@ -169,12 +171,22 @@ def assemble(
     }
 
 
+def _hours(minutes: int) -> NDArray[np.float64]:
+    """Of the window's minutes, since the trace's beginning."""
+    return (WARM_UP_S + 60.0 * np.arange(minutes)) / 3600
+
+
+def _window_mean(steps: Steps, window_s: float) -> float:
+    """Over time, whatever was drawn."""
+    return float(steps.at(_hours(max(1, round(window_s / 60)))).mean())
+
+
 def _priced(study: Study, result: Mapping[str, Any], baseline: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """One seed's figures, with what compares and prices them."""
     own, base, series = result["figures"], baseline["figures"], result["series"]
     power_w = np.array(series["power_w"])
     p50_w, p99_w, peak_w = np.quantile(power_w, (0.5, 0.99, 1.0)).tolist()
-    hours = (WARM_UP_S + 60.0 * np.arange(len(power_w))) / 3600
+    hours = _hours(len(power_w))
 
     def weighted(steps: Steps) -> float:
         return float((steps.at(hours) * power_w).sum() / power_w.sum())
@@ -300,6 +312,11 @@ def _notes(
     if study.mismatch:
         less = "slower and hungrier" if study.mismatch > 0 else "faster and leaner"
         notes.append(f"The simulated GPUs are {abs(study.mismatch):.0%} {less} than those the profile was measured on.")
+    if study.crashes_per_day:
+        notes.append(
+            f"Instances crash at random, {study.crashes_per_day:g} a day where all GPUs are held. Answers under way "
+            "are lost and miss the SLO; best clock and best static do not crash."
+        )
     if bound is not None:
         better = [s["title"] for s in systems.values() if s["saved_parked"] > bound["saved_parked"] and s["meets_slo"]]
         if better:

@@ -156,8 +156,8 @@ def table_of(physics: Physics, mix: Kind | Trace, columns: Sequence[BoundColumn]
     mean = (float(tokens[:, 0].mean()), float(tokens[:, 1].mean()))
     backend = TwinBackend(physics, SweepPlan(), {})
     tp, mhz = max(physics.tps), physics.clocks_mhz[-1]
-    input_s = backend.saturated_s_per_token(Phase.PREFILL, tp, mhz, mean)
-    output_s = backend.saturated_s_per_token(Phase.DECODE, tp, mhz, mean)
+    input_s, _ = backend.saturated(Phase.PREFILL, tp, mhz, mean)
+    output_s, _ = backend.saturated(Phase.DECODE, tp, mhz, mean)
     work_s = input_s * tokens[:, 0] + output_s * tokens[:, 1]
     whole = Trace("mix", 1.0, np.zeros(len(tokens)), tokens[:, 0], tokens[:, 1])
     classes = classes_of(whole, SweepPlan().scheme)

@@ -17,13 +17,23 @@ from simulator.physics import Physics
 from simulator.traces import Trace
 
 _FOLDER = Path(__file__).parent
-_MODULES = ("bound", "calibration", "energy_table", "loads", "outcome", "physics", "references", "traces")
+_MODULES = (
+    "bound",
+    "calibration",
+    "energy_table",
+    "grid",
+    "grid_file",
+    "loads",
+    "outcome",
+    "physics",
+    "references",
+    "traces",
+)
 
 
 def cached_json(folder: Path, name: str, physics: Physics, parts: object, make: Callable[[], Any]) -> Any:
     """What `make` gives (a JSON value), from `folder` where it was made before."""
-    physics_parts = [physics.name, physics.variant, physics.legacy, physics.parameters.model_dump(mode="json")]
-    key = _digest(canonical_json([physics_parts, _digest(_sources()), parts]).encode())
+    key = _digest(canonical_json([physics.identity(), _digest(_sources()), parts]).encode())
     file = folder / f"{name}-{key[:16]}.json"
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
@@ -48,5 +58,5 @@ def _digest(data: bytes | str) -> str:
 def _sources() -> str:
     """The code that such results depend on."""
     files = [*sorted((_FOLDER / "fast").glob("*.py")), *(_FOLDER / f"{name}.py" for name in _MODULES)]
-    files.append(Path(routing.__file__))
+    files += [Path(routing.__file__).with_name(f"{name}.py") for name in ("filter", "load", "table")]
     return "".join(file.read_text(encoding="utf-8") for file in files)

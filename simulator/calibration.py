@@ -9,47 +9,47 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
+import controller.calibrate.assembly
 import controller.calibrate.sweep
-import controller.policy.routing
+import controller.policy.routing.load
 import simulator.engine
+import simulator.grid
+import simulator.grid_file
 import simulator.iteration
 import simulator.physics
 import simulator.steady
 from common.clock import SystemClock
 from common.errors import UserError
+from controller.calibrate.assembly import ProfileIdentity, build_profile, rarest_share, samples_by_group
 from controller.calibrate.sweep import (
     FileCache,
     Phase,
     PointRequest,
-    ProfileIdentity,
     Progress,
     SweepPlan,
     Tokens,
-    build_profile,
-    rarest_share,
     remaining_s,
-    samples_by_group,
     sweep_kind,
 )
 from controller.domain.classes import Bucket, ClassScheme
 from controller.domain.decision import canonical_json
 from controller.domain.slo import Slo
 from controller.profile.table import OperatingPoint, Profile, StartCost
-from simulator.engine import Engine
+from simulator.engine import DEFAULT_CHUNK_TOKENS, Engine
+from simulator.fast.steady import serve_fast
 from simulator.iteration import Iteration
 from simulator.physics import Physics
 from simulator.steady import Outcome, Steady, serve_steadily
 from simulator.traces import CONV_ARRIVAL_CV, Kind, Request, Trace, scale_to_rate, token_mix
+from simulator.workers import open_processes
 
 # Loads are shared by this many instances while one is measured: what a router evens out belongs to the surface.
 MEASURED_INSTANCES = 2
@@ -74,7 +74,9 @@ class TwinBackend:
         rate_rps = request.rate_rps * MEASURED_INSTANCES
         count = request.requests * MEASURED_INSTANCES
         requests = arrivals(self.samples[request.group], rate_rps, count, request.seed)
-        steady = serve_steadily(self.physics, request.tp, request.mhz, MEASURED_INSTANCES, requests)
+        point = self.physics, request.tp, request.mhz, MEASURED_INSTANCES, requests
+        # Power caps are the plain engine's alone.
+        steady = serve_fast(*point) if request.cap_w is None else serve_steadily(*point, cap_w=request.cap_w)
         return operating_point(request, steady, self.plan.slo, self.plan.scheme)
 
     def idle_w(self, tp: int, mhz: int) -> float:
@@ -83,7 +85,9 @@ class TwinBackend:
     def parked_w(self) -> float:
         return self.physics.idle_w(self.plan.clocks_mhz[-1], context=False)
 
-    def saturated_s_per_token(self, phase: Phase, tp: int, mhz: int, mean_tokens: tuple[float, float]) -> float:
+    def saturated(
+        self, phase: Phase, tp: int, mhz: int, mean_tokens: tuple[float, float], cap_w: float | None = None
+    ) -> tuple[float, float]:
         """All requests at once, so that every iteration is full. Decoding is timed while nothing prefills and the
         batch is as large as it gets, over contexts of the mean length."""
         engine = Engine(self.physics, tp)
@@ -97,15 +101,18 @@ class TwinBackend:
         for number in range(count):
             engine.add(str(number), inputs, answer, 0.0)
         flights: list[Iteration] = []
-        while (flight := engine.begin_iteration(flights[-1].end_s if flights else 0.0, mhz)) is not None:
+        while (flight := engine.begin_iteration(flights[-1].end_s if flights else 0.0, mhz, cap_w)) is not None:
             flights.append(flight)
             engine.finish_iteration(flight, every_token=False)
         if phase is Phase.PREFILL:
-            return flights[-1].end_s / (count * inputs)
+            joules = sum(flight.joules_per_gpu for flight in flights) * tp
+            return flights[-1].end_s / (count * inputs), joules / flights[-1].end_s
         alone = [flight for flight in flights if not flight.chunks]  # the last answers always decode alone
         most = max(flight.batch for flight in alone)
         full = [flight for flight in alone if flight.batch > 0.9 * most]
-        return sum(flight.seconds for flight in full) / sum(flight.batch for flight in full)
+        seconds = sum(flight.seconds for flight in full)
+        joules = sum(flight.joules_per_gpu for flight in full) * tp
+        return seconds / sum(flight.batch for flight in full), joules / seconds
 
 
 def arrivals(samples: Sequence[Tokens], rate_rps: float, count: int, seed: int) -> list[Request]:
@@ -146,6 +153,7 @@ def operating_point(request: PointRequest, steady: Steady, slo: Slo, scheme: Cla
         running_mean=steady.running_mean,
         running_p99=steady.running_quantile(0.99),
         requests=len(steady.outcomes),
+        cap_w=request.cap_w,
     )
 
 
@@ -169,9 +177,16 @@ def calibrate_twin(
 ) -> Profile:
     """The profile of the twin for the token mix of `source`; read from `cache_dir` where it was made before.
 
-    `start_s` prices a start (every GPU draws the loading power meanwhile); it is not part of what is measured.
+    `start_s` prices a start (every GPU draws the loading power meanwhile); it is not part of what is measured. Tensor
+    parallelisms that the physics do not know are left out of the plan. Raises UserError.
     """
     plan = plan or SweepPlan()
+    plan = replace(plan, tps=tuple(tp for tp in plan.tps if tp in physics.tps) or plan.tps)
+    for tp in plan.tps:
+        for mhz in (plan.standby_mhz, *plan.clocks_mhz):
+            # A grid may not reach so far: told now, not after minutes.
+            physics.idle_w(mhz, context=True)
+            physics.iteration(tp, mhz, 1, 1)
     samples = samples_by_group(token_mix(source, MIX_SAMPLES, MIX_SEED), plan.groups, plan.scheme)
     empty = [name for name, mine in samples.items() if not mine]
     if empty:
@@ -185,10 +200,11 @@ def calibrate_twin(
         profile = Profile.from_json(file.read_text(encoding="utf-8"))
     else:
         points = _sweep(physics, plan, samples, cache_dir / f"points-{key}", progress, workers)
-        engine = f"twin engine {_digest(_sources())[:12]}, chunked prefill 1024, bf16"
+        scheduling = "prefill first" if physics.prefill_first else f"chunked prefill {DEFAULT_CHUNK_TOKENS}"
+        engine = f"twin engine {_digest(_sources())[:12]}, {scheduling}, bf16"
         identity = ProfileIdentity(
             model=model,
-            gpu=f"{physics.name} ({physics.variant}{', legacy engine' if physics.legacy else ''})",
+            gpu=f"{physics.name} ({', '.join([physics.variant, *physics.modes])})",
             engine=engine,
             provenance=f"twin, {MEASURED_INSTANCES} instances, seed {plan.settings.seed}, key {key}",
         )
@@ -211,26 +227,19 @@ def _sweep(
     found: dict[tuple[str, int], list[OperatingPoint]] = {}
     clock = SystemClock()
     began_s = clock.monotonic_s()
-    # Spawned, not forked: the caller may be a program with threads. Ctrl-C ends a worker at once: what it measured is
-    # on disk.
-    ends_at_once = (signal.SIGINT, signal.SIG_DFL)
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ends_at_once) as pool:
+    # They may be ended at any time: what was measured is on disk.
+    with open_processes(workers) as pool:
         jobs = {
             pool.submit(_sweep_one, physics, plan, samples, folder / f"{group}-tp{tp}.jsonl", group, tp): (group, tp)
             for group, tp in kinds
         }
-        try:
-            for job in as_completed(jobs):
-                found[jobs[job]] = job.result()
-                if progress is not None:
-                    group, tp = jobs[job]
-                    total = sum(len(points) for points in found.values())
-                    left_s = remaining_s(clock.monotonic_s() - began_s, len(found), len(kinds))
-                    progress(Progress(len(found), len(kinds), total, f"{group} TP{tp}", left_s))
-        except BaseException:
-            # Parts that have not begun must not keep the caller waiting.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for job in as_completed(jobs):
+            found[jobs[job]] = job.result()
+            if progress is not None:
+                group, tp = jobs[job]
+                total = sum(len(points) for points in found.values())
+                left_s = remaining_s(clock.monotonic_s() - began_s, len(found), len(kinds))
+                progress(Progress(len(found), len(kinds), total, f"{group} TP{tp}", left_s))
     return [point for kind in kinds for point in found[kind]]
 
 
@@ -273,7 +282,7 @@ def single_pool_max_rps(
             load: Sequence[Request] = list(scale_to_rate(source, rate_rps, MIX_SEED))
         else:
             load = arrivals(samples, rate_rps, requests, MIX_SEED)
-        steady = serve_steadily(physics, tp, physics.clocks_mhz[-1], instances, load)
+        steady = serve_fast(physics, tp, physics.clocks_mhz[-1], instances, load)
         request = PointRequest("all", tp, physics.clocks_mhz[-1], rate_rps / instances, len(load), MIX_SEED)
         point = operating_point(request, steady, slo, scheme)
         return point.attainment >= slo.attainment and point.gap_p99_ms <= slo.token_gap_p99_ms
@@ -306,26 +315,32 @@ def plan_value(plan: SweepPlan) -> dict[str, object]:
         "scheme": asdict(plan.scheme),
         "settings": asdict(plan.settings),
         "rarest": dict(plan.rarest),
+        "caps_w": plan.caps_w,
     }
 
 
 def _key(physics: Physics, *parts: object) -> str:
-    named = [physics.name, physics.variant, physics.legacy, physics.parameters.model_dump(mode="json")]
-    return _digest(canonical_json([named, _digest(_sources()), *parts]))[:16]
+    return _digest(canonical_json([physics.identity(), _digest(_sources()), *parts]))[:16]
+
+
+_FAST = sorted((Path(__file__).parent / "fast").glob("*.py"))
 
 
 @cache
 def _sources() -> str:
     """The code that a measurement depends on."""
     modules = (
+        controller.calibrate.assembly,
         controller.calibrate.sweep,
-        controller.policy.routing,
+        controller.policy.routing.load,
         simulator.engine,
+        simulator.grid,
+        simulator.grid_file,
         simulator.iteration,
         simulator.physics,
         simulator.steady,
     )
-    files = [Path(str(module.__file__)) for module in modules] + [Path(__file__)]
+    files = [Path(str(module.__file__)) for module in modules] + [Path(__file__), *_FAST]
     return "".join(file.read_text(encoding="utf-8") for file in files)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -18,6 +18,7 @@ from controller.domain.decision import Decision
 from controller.domain.reasons import Level
 from controller.domain.slo import Slo
 from controller.fleet.port import (
+    ApplyCaps,
     ApplyClocks,
     DrainInstance,
     Effect,
@@ -27,8 +28,11 @@ from controller.fleet.port import (
     LoadSeen,
     NodeObservation,
     NodeSeen,
+    PowerNode,
     PublishRouting,
+    ReleaseCaps,
     ReleaseClocks,
+    RoutingTable,
     Solve,
     StartInstance,
     StopInstance,
@@ -37,9 +41,11 @@ from controller.fleet.port import (
 from controller.gateway.classify import Classifier
 from controller.gateway.dispatcher import Dispatcher, QueuedRequest
 from controller.gateway.load import LoadMeter
-from controller.loop.core import Core
+from controller.loop.core import Core, Step
+from controller.loop.orders import Order
 from controller.loop.state import Instant
 from controller.policy.milp.model import solve
+from simulator.incidents import Incident, IncidentKind
 from simulator.physics import Physics
 from simulator.traces import Request
 from simulator.virtual_node import VirtualInstance, VirtualNode
@@ -53,7 +59,11 @@ class FleetTimes:
     """Durations of the virtual hosts, as configured or measured on real ones."""
 
     start_s: float = 180.0  # from the start effect until ready, warm-up included
-    stop_s: float = 2.0
+    stop_s: float = 2.0  # until its GPUs are proven free, also after a crash
+    sleep_s: float = 5.0
+    wake_s: float = 3.0
+    off_s: float = 30.0  # from the order to a node until it draws nothing
+    boot_s: float = 300.0  # from the order until it reports
     telemetry_s: float = 1.0
     report_s: float = 1.0
 
@@ -71,7 +81,12 @@ class ServedRequest:
     ttft_s: float | None = None
     tbt_s: float | None = None
     finished_s: float | None = None
-    refused: bool = False  # the engine cannot hold it: a clear error, counted as a miss
+    refused: bool = False  # no engine can hold it, or the gateway refused it: a clear error, counted as a miss
+    failed: bool = False  # its engine crashed within the answer
+
+    @property
+    def ended(self) -> bool:
+        return self.finished_s is not None or self.refused or self.failed
 
 
 @dataclass(slots=True)
@@ -81,17 +96,26 @@ class FleetResult:
     observations: list[NodeObservation]
     gaps: dict[float, int] = field(default_factory=dict)  # token gap in s, rounded to 0.1 ms -> how often
     effects: list[tuple[float, Effect]] = field(default_factory=list)
+    off_node_s: float = 0.0  # for which nodes drew nothing at all, their hosts neither
 
 
 class VirtualFleet:
-    """One model's fleet, its gateway and its controller in virtual time.
+    """One model's fleet, its gateway and its controller in virtual time, and what befalls its instances.
 
     `observations` of the result hold every telemetry sample, so that energy is booked by the same code as live.
     """
 
     def __init__(
-        self, core: Core, physics: Physics, nodes: int, times: FleetTimes | None = None, gpus_per_node: int = 8
+        self,
+        core: Core,
+        physics: Physics,
+        nodes: int,
+        times: FleetTimes | None = None,
+        gpus_per_node: int = 8,
+        incidents: Iterable[Incident] = (),
+        orders: Iterable[tuple[float, Order]] = (),
     ) -> None:
+        """`orders` are those of an operator, with the instants at which they are given."""
         self._core = core
         self._model = core.state.settings.model
         self._times = times or FleetTimes()
@@ -105,6 +129,9 @@ class VirtualFleet:
         self._meter = LoadMeter(self._slo)
         self._requests: dict[str, ServedRequest] = {}
         self._result = FleetResult([], [], [])
+        self._incidents = tuple(incidents)
+        self._orders = tuple(orders)
+        self._table: RoutingTable | None = None
 
     def run(self, requests: Iterable[Request], start_s: float = 0.0, tail_s: float = 600.0) -> FleetResult:
         """Serves `requests`, whose arrivals count from `start_s` (before it, the fleet lays itself out), and ends
@@ -120,6 +147,10 @@ class VirtualFleet:
             (Level.CLUSTER, settings.cluster_s),
         ):
             self._at(period_s, "tick", (level, period_s))
+        for incident in self._incidents:
+            self._at(incident.at_s, "incident", incident)
+        for at_s, order in self._orders:
+            self._at(at_s, "order", order)
         last_s = start_s
         for number, request in enumerate(requests):
             last_s = start_s + request.arrival_s
@@ -134,10 +165,11 @@ class VirtualFleet:
         self._now_s = max(self._now_s, last_s)
         self._result.observations.extend(node.observe(self._now_s) for node in self._nodes.values())
         self._result.requests = list(self._requests.values())
+        self._result.off_node_s = sum(node.off_for_s(self._now_s) for node in self._nodes.values())
         return self._result
 
     def _open(self) -> bool:
-        return any(request.finished_s is None and not request.refused for request in self._requests.values())
+        return any(not request.ended for request in self._requests.values())
 
     def _at(self, at_s: float, kind: str, data: Any) -> None:
         heapq.heappush(self._heap, (at_s, next(self._order), kind, data))
@@ -145,7 +177,16 @@ class VirtualFleet:
     # ------------------------------------------------------------------------------------- the controller's side
 
     def _handle(self, event: Event) -> None:
-        step = self._core.handle(Instant(self._now_s, WALL_AT_ZERO_S + self._now_s), event)
+        self._follow(self._core.handle(self._instant, event))
+
+    def _on_order(self, order: Order) -> None:
+        self._follow(self._core.order(self._instant, order))
+
+    @property
+    def _instant(self) -> Instant:
+        return Instant(self._now_s, WALL_AT_ZERO_S + self._now_s)
+
+    def _follow(self, step: Step) -> None:
         self._result.decisions.extend(step.decisions)
         for effect in step.effects:
             self._result.effects.append((self._now_s, effect))
@@ -161,10 +202,24 @@ class VirtualFleet:
         self._at(self._now_s + period_s, "tick", data)
 
     def _on_telemetry(self, node: VirtualNode) -> None:
+        for instance in node.copy_out(self._now_s):
+            self._at(self._now_s + self._times.sleep_s, "slept", (node, instance))
+            self._route()
+        self._observe(node)
+        self._at(self._now_s + self._times.telemetry_s, "telemetry", node)
+
+    def _on_off(self, node: VirtualNode) -> None:
+        node.go_dark(self._now_s)
+
+    def _on_booted(self, node: VirtualNode) -> None:
+        node.booted()
+
+    def _observe(self, node: VirtualNode) -> None:
+        if not node.reports:
+            return
         seen = node.observe(self._now_s)
         self._result.observations.append(seen)
         self._handle(NodeSeen(seen))
-        self._at(self._now_s + self._times.telemetry_s, "telemetry", node)
 
     def _on_report(self, _: None) -> None:
         queues = self._dispatcher.queues(self._now_s)
@@ -176,11 +231,22 @@ class VirtualFleet:
             solution = solve(effect.problem)
             return EffectDone(effect.effect_id, ok=solution.chosen is not None, solution=solution)
         if isinstance(effect, PublishRouting):
-            self._dispatcher.update_routing(effect.table)
-            self._dispatch()
+            self._table = effect.table
+            self._dispatcher.obey(effect.table.pools, self._now_s)
+            self._route()
             return EffectDone(effect.effect_id, ok=True)
         node = self._nodes[effect.node_id]
         wrong = ""
+        if isinstance(effect, PowerNode):
+            if effect.on:
+                node.boot(self._now_s)
+                self._at(self._now_s + self._times.boot_s, "booted", node)
+            elif node.instances:
+                wrong = "instances run there"
+            else:
+                node.reports = False
+                self._at(self._now_s + self._times.off_s, "off", node)
+            return EffectDone(effect.effect_id, ok=not wrong, detail=wrong)
         match effect:
             case ApplyClocks():
                 for target in effect.targets:
@@ -189,6 +255,13 @@ class VirtualFleet:
                 self._clocks_changed(node)
             case ReleaseClocks():
                 node.release(effect.gpu_uuids)
+                self._clocks_changed(node)
+            case ApplyCaps():
+                for cap in effect.targets:
+                    node.cap(cap.gpu_uuids, cap.watts)
+                self._clocks_changed(node)
+            case ReleaseCaps():
+                node.cap(effect.gpu_uuids, None)
                 self._clocks_changed(node)
             case StartInstance():
                 wrong = node.start(effect.instance_id, effect.model, effect.pool, effect.gpu_uuids, self._now_s)
@@ -208,15 +281,58 @@ class VirtualFleet:
         node, instance = data
         if instance.state is InstanceState.STARTING:
             node.ready(instance, self._now_s)
-            # A real agent's stream tells at once.
-            seen = node.observe(self._now_s)
-            self._result.observations.append(seen)
-            self._handle(NodeSeen(seen))
+            self._route()
+            self._observe(node)  # a real agent's stream tells at once
 
     def _on_stopped(self, data: tuple[VirtualNode, VirtualInstance]) -> None:
         node, instance = data
         if instance.state is InstanceState.STOPPING:
             node.stopped(instance, self._now_s)
+
+    def _on_incident(self, incident: Incident) -> None:
+        node = self._nodes[f"node-{incident.node}"]
+        instance = node.holder(incident.gpu)
+        if instance is None:
+            return
+        match incident.kind:
+            case IncidentKind.CRASH:
+                self._crash(node, instance)
+            case IncidentKind.SLEEP:
+                if not node.drain_to_sleep(instance, self._now_s):
+                    return
+            case IncidentKind.WAKE:
+                if not node.wake(instance, self._now_s):
+                    return
+                self._at(self._now_s + self._times.wake_s, "woken", (node, instance))
+        self._route()
+        self._observe(node)
+
+    def _crash(self, node: VirtualNode, instance: VirtualInstance) -> None:
+        """What no client has heard of yet waits again; the rest is lost."""
+        for request in node.crash(instance, self._now_s):
+            served = self._requests[request.request_id]
+            if served.ttft_s is None:
+                self._dispatcher.fail_over(request.request_id, self._now_s)
+            else:
+                served.failed = True
+                self._fail(request.request_id, served)
+        self._at(self._now_s + self._times.stop_s, "failed", (node, instance))
+
+    def _on_failed(self, data: tuple[VirtualNode, VirtualInstance]) -> None:
+        node, instance = data
+        node.failed(instance, self._now_s)
+        self._observe(node)
+
+    def _on_slept(self, data: tuple[VirtualNode, VirtualInstance]) -> None:
+        node, instance = data
+        if node.slept(instance, self._now_s):
+            self._observe(node)
+
+    def _on_woken(self, data: tuple[VirtualNode, VirtualInstance]) -> None:
+        node, instance = data
+        if node.woken(instance, self._now_s):
+            self._route()
+            self._observe(node)
 
     def _on_lease(self, node: VirtualNode) -> None:
         self._clocks_changed(node)
@@ -240,9 +356,9 @@ class VirtualFleet:
         if iteration is None or version != instance.version:
             return
         instance.iteration = None
-        if iteration.gap_count:
-            gap_s = round(iteration.gap_s, 4)
-            self._result.gaps[gap_s] = self._result.gaps.get(gap_s, 0) + iteration.gap_count
+        for exact_s, gaps in iteration.gaps:
+            gap_s = round(exact_s, 4)
+            self._result.gaps[gap_s] = self._result.gaps.get(gap_s, 0) + gaps
         finished = False
         for token in instance.engine.finish_iteration(iteration, every_token=False):
             served = self._requests[token.request_id]
@@ -253,6 +369,7 @@ class VirtualFleet:
             if served.ttft_s is None:
                 served.ttft_s = self._now_s - served.arrival_s
                 self._dispatcher.first_token(token.request_id)
+                finished |= self._dispatcher.ordered  # a prompt less to read is room, then
             if token.finished:
                 self._finish(token.request_id, served)
                 finished = True
@@ -273,8 +390,21 @@ class VirtualFleet:
         queued = QueuedRequest(request_id, self._model, classified.routing, due_s, request.input_tokens)
         if self._dispatcher.offer(queued, self._now_s):
             self._dispatch()
+        else:
+            self._refuse(queued, "queue_full")
+
+    def _refuse(self, queued: QueuedRequest, reason: str) -> None:
+        """A clear error to the client, and a miss."""
+        served = self._requests[queued.request_id]
+        served.refused = True
+        served.pool, served.queue_s = "", 0.0  # also where an instance had it that crashed
+        self._dispatcher.count_refused(queued, reason)
+        scheme = self._core.state.profile.scheme
+        self._meter.failed(self._model, scheme.classify(served.input_tokens, served.output_tokens))
 
     def _dispatch(self) -> None:
+        for late, _ in self._dispatcher.refuse_late(self._now_s):
+            self._refuse(late, "too_late")
         for queued, routed in self._dispatcher.dispatch(self._now_s):
             node, instance = self._instance(routed.instance_id)
             served = self._requests[queued.request_id]
@@ -284,14 +414,29 @@ class VirtualFleet:
                 instance.engine.add(queued.request_id, served.input_tokens, served.output_tokens, self._now_s)
             except ValueError:
                 served.refused = True
-                self._dispatcher.complete(queued.request_id)
-                scheme = self._core.state.profile.scheme
-                self._meter.failed(self._model, scheme.classify(served.input_tokens, served.output_tokens))
+                self._fail(queued.request_id, served)
                 continue
             if instance.iteration is None:
                 self._begin(node, instance)
             elif node.cut(instance, self._now_s):
                 self._schedule_end(node, instance)
+
+    def _route(self) -> None:
+        """Routes by the table, less those whose port is closed: a gateway hears that at its first try."""
+        if self._table is None:
+            return
+        open_ = {i.instance_id for node in self._nodes.values() for i in node.instances.values() if i.answers}
+        pools = tuple(
+            replace(pool, instances=tuple(i for i in pool.instances if i.instance_id in open_))
+            for pool in self._table.pools
+        )
+        self._dispatcher.update_routing(replace(self._table, pools=pools))
+        self._dispatch()
+
+    def _fail(self, request_id: str, served: ServedRequest) -> None:
+        self._dispatcher.complete(request_id)
+        scheme = self._core.state.profile.scheme
+        self._meter.failed(self._model, scheme.classify(served.input_tokens, served.output_tokens))
 
     def _instance(self, instance_id: str) -> tuple[VirtualNode, VirtualInstance]:
         for node in self._nodes.values():

@@ -5,7 +5,6 @@ Plain values; the scheduler itself is `simulator/engine.py`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from math import ceil, sqrt
@@ -29,7 +28,6 @@ class EngineRequest:
     input_tokens: int
     output_tokens: int
     arrived_s: float
-    tag: Hashable = None
     phase: Phase = Phase.WAITING
     scheduled_s: float | None = None  # first time that any of it was in an iteration
     first_token_s: float | None = None
@@ -40,7 +38,9 @@ class EngineRequest:
     prefilled: int = 0
     joined_step: int = 0  # the engine's step count when it (re)joined the decoding batch
     finish_step: int = 0
-    last_token_s: float = 0.0  # when it was preempted: the instant of its last token
+    join: int = 0  # number of its last join: one that was preempted since has another
+    last_token_s: float = 0.0  # when it was preempted, or has to wait for prefills: the instant of its last token
+    priority: int = 0  # less is sooner; only where the engine goes by it
 
 
 class TokenEvent(NamedTuple):
@@ -78,6 +78,8 @@ class Iteration:
     step_growth_s: float
     step_j: float
     step_growth_j: float
+    # How long the decoding sequences have waited for prefills before, and how many of them so long: seconds, count.
+    paused: tuple[tuple[float, int], ...] = ()
 
     @property
     def end_s(self) -> float:
@@ -93,12 +95,15 @@ class Iteration:
 
     @property
     def gap_s(self) -> float:
-        """Mean token gap of the decoding sequences; `gap_count` gaps have it."""
+        """Mean time of a step."""
         return self.seconds / self.steps
 
     @property
-    def gap_count(self) -> int:
-        return self.batch * self.steps
+    def gaps(self) -> tuple[tuple[float, int], ...]:
+        """Token gaps of the decoding sequences in seconds, with how many have it."""
+        if self.paused:
+            return tuple((waited_s + self.seconds, count) for waited_s, count in self.paused)
+        return ((self.seconds / self.steps, self.batch * self.steps),) if self.batch else ()
 
 
 def with_steps(run: Iteration, steps: int) -> Iteration:

@@ -16,12 +16,14 @@ seed over the same requests, and gives one JSON value. Its schema (`DIR/result.j
     physics, profile, profile_identity    physics variant; the profile's checksum; {model, gpu, engine, provenance}
     mismatch        share by which the simulated GPUs are slower and hungrier than those the profile was measured on
     start_s         seconds that every start of an instance takes
+    crashes_per_day    of instances, in the whole fleet while all its GPUs are held (best_clock, best_static: none)
     pools           {pool: [classes]} of the systems with pools
     predictor       {output_bucket_accuracy, method}: how often routing knows a request's output bucket
     energy_table    see simulator/energy_table.py; null where it was not asked for
-    sensitivity     {u|start_s|physics|mismatch|predictor_accuracy|pools: [{value, headline, k, u, k_max,
-                    bound_saved_parked, systems: {name: {saved_off, saved_parked, energy_parked_kwh, attainment,
-                    attainment_overall, meets_slo, ttft_p99_ms, gap_p99_ms, mean_gpus, switches, spread}}}]}: one option
+    sensitivity     {u|start_s|physics|mismatch|predictor_accuracy|pools|crashes_per_day: [{value, headline, k, u,
+                    k_max, bound_saved_parked, systems: {name: {saved_off, saved_parked, energy_parked_kwh, attainment,
+                    attainment_overall, meets_slo, ttft_p99_ms, gap_p99_ms, mean_gpus, switches, spilled,
+                    spread}}}]}: one option
                     varied, all else as here
     assumptions     {parked_w, carbon_g_per_kwh, price_per_kwh, host_w: [empty, full], ...}: constants behind it
     notes           sentences that belong beside the figures
@@ -48,6 +50,7 @@ seed over the same requests, and gives one JSON value. Its schema (`DIR/result.j
       switches, clock_changes     instances started, clocks set to another value, in the window
       carbon_kg, cost_usd         of energy_parked_kwh
       requests, lost              in the window; lost: refused, failed or not finished
+      spilled                     requests that a larger pool than their own served, with the warm-up's
       energy_by_state_kwh         {serving, idle, loading, draining, parked}
       latency_by_input            {S|M|L: {requests, ttft_p50_ms, ttft_p99_ms, tbt_p50_ms, tbt_p99_ms}}
       latency_by_class            {SS|...|LL: the same, and gap_p99_ms}, classes of at least 100 requests
@@ -66,7 +69,7 @@ Attainment and P99 are of requests that arrived in the window. Numbers are finit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
@@ -81,6 +84,7 @@ from simulator.calibration import calibrate_twin
 from simulator.cuts import plan_for, with_pools
 from simulator.energy_table import energy_table
 from simulator.fleet import FleetTimes
+from simulator.incidents import crashes
 from simulator.loads import Load, load_named
 from simulator.logs import LogColumns
 from simulator.outcome import figures
@@ -108,6 +112,7 @@ class _Common:
     start_s: float
     pools: int | None
     accuracy: float | None
+    crashes_per_day: float
     profile: Profile
     table: BoundTable | None
 
@@ -138,10 +143,10 @@ def run_on(workers: Workers, study: Study, progress: Progress | None = None) -> 
         plan=plan_for(study.pools),
     )
     say(0, 0, "searching the largest load of SinglePool" + (", measuring the bound's columns" if study.bound else ""))
-    searched = workers.submit(_largest, study, profile)
+    searched = [workers.submit(_largest, study, profile, seed) for seed in seeds]
     table = _bound_table(study, load, workers) if study.bound else None
     energies = _energy_table(study, load, workers) if study.energy_table else None
-    largest = searched.result()
+    largest = _least([job.result() for job in searched])
     common = _Common(
         source=study.source,
         columns=study.columns,
@@ -153,6 +158,7 @@ def run_on(workers: Workers, study: Study, progress: Progress | None = None) -> 
         start_s=study.start_s,
         pools=study.pools,
         accuracy=study.predictor_accuracy,
+        crashes_per_day=study.crashes_per_day,
         profile=profile,
         table=table,
     )
@@ -169,19 +175,25 @@ def run_on(workers: Workers, study: Study, progress: Progress | None = None) -> 
     return assemble(study, load, facts.result(), profile, largest, common.k, names, seeds, found, energies)
 
 
-def _largest(study: Study, profile: Profile) -> LargestLoad:
+def _largest(study: Study, profile: Profile, seed: int) -> LargestLoad:
     load, physics = _load(study.source, study.columns), study.world
     # How long a start takes is no matter to a fleet that never starts anything.
     measured = replace(profile, starts={}).checksum()
-    parts = [load.digest, study.nodes, study.seed, measured, asdict(profile.slo)]
+    parts = [load.digest, study.nodes, seed, measured, asdict(profile.slo)]
     value = cached_json(
         study.cache / "k-max",
         "k-max",
         physics,
         parts,
-        lambda: asdict(largest_load(physics, profile, study.nodes, load, seed=study.seed)),
+        lambda: asdict(largest_load(physics, profile, study.nodes, load, seed=seed)),
     )
     return LargestLoad(**value)
+
+
+def _least(found: Sequence[LargestLoad]) -> LargestLoad:
+    """What SinglePool serves in SLO under every seed: a baseline that misses it under one of them is none."""
+    least = min(found, key=lambda one: one.k)
+    return replace(least, k_overall=min(one.k_overall for one in found))
 
 
 def _bound_table(study: Study, load: Load, workers: Workers) -> BoundTable:
@@ -230,6 +242,7 @@ def _job(common: _Common, name: str, seed: int) -> dict[str, Any]:
     physics, profile, nodes = world(common.physics, common.mismatch), common.profile, common.nodes
     trace = _trace(common.source, common.columns, common.k, seed)
     times = FleetTimes(start_s=common.start_s)
+    befalls = crashes(common.crashes_per_day, nodes, GPUS_PER_NODE, float(trace.arrival_s[-1]), seed)
     if name == BOUND:
         assert common.table is not None
         return asdict(clairvoyant(common.table, trace, nodes * GPUS_PER_NODE, profile.parked_w))
@@ -238,10 +251,20 @@ def _job(common: _Common, name: str, seed: int) -> dict[str, Any]:
     elif name == "best_static":
         run = best_static(physics, profile, nodes, trace, seed=seed)
     elif name == "reactive":
-        run = run_reactive(profile, physics, nodes, trace, common.largest, times=times, seed=seed)
+        run = run_reactive(profile, physics, nodes, trace, common.largest, times=times, seed=seed, incidents=befalls)
     else:
         system = SYSTEMS[name] if common.pools is None else with_pools(SYSTEMS[name], common.pools)
-        run = run_system(system, profile, physics, nodes, trace, times=times, seed=seed, accuracy=common.accuracy)
+        run = run_system(
+            system,
+            profile,
+            physics,
+            nodes,
+            trace,
+            times=times,
+            seed=seed,
+            accuracy=common.accuracy,
+            incidents=befalls,
+        )
     return {"figures": figures(run, profile.slo, profile.scheme), "series": run.series}
 
 

@@ -55,6 +55,7 @@ class SystemRun:
     switches: int
     clock_changes: int
     layout: str
+    spilled: int = 0  # requests that a larger pool than their own served
     series: dict[str, Any] = field(default_factory=dict)
 
 
@@ -179,6 +180,7 @@ def figures(run: SystemRun, slo: Slo, scheme: ClassScheme) -> dict[str, Any]:
         "clock_changes": run.clock_changes,
         "requests": int(inside.sum()),
         "lost": int((inside & ~run.finished).sum()),
+        "spilled": run.spilled,
         "energy_by_state_kwh": {state: joules / _J_PER_KWH for state, joules in run.energy_j.items()},
         "latency_by_input": {bucket.value: latency(classes // 3 == rank) for rank, bucket in enumerate(Bucket)},
         "latency_by_class": by_class,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import inf
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from common.errors import UserError
 from simulator.physics_parameters import DATA_FOLDER, DEFAULT_NAME, Parameters, off_by, read_parameters
@@ -51,13 +51,30 @@ class _AtClock(NamedTuple):
     host_w: float
 
 
-class Physics:
-    """The model with one set of parameters. Values only: nothing in it changes after construction."""
+# What an engine may be told to do otherwise, as it stands behind a + in a physics text.
+LEGACY, PREFILL_FIRST = "legacy", "prefill-first"
+MODES = (LEGACY, PREFILL_FIRST)
 
-    def __init__(self, name: str, parameters: Parameters, variant: str = "base", legacy: bool = False) -> None:
+
+class Physics:
+    """The model with one set of parameters. Values only: nothing in it changes after construction.
+
+    `legacy` is an engine without CUDA graphs: no decode iteration below the floor. `prefill_first` changes no
+    iteration, only what engines on it put into one (`simulator/engine.py`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Parameters,
+        variant: str = "base",
+        legacy: bool = False,
+        prefill_first: bool = False,
+    ) -> None:
         self.name = name
         self.variant = variant
         self.legacy = legacy
+        self.prefill_first = prefill_first
         self.parameters = parameters
         p = parameters
         self.tps: tuple[int, ...] = tuple(sorted(p.kv_capacity_tokens))
@@ -77,37 +94,68 @@ class Physics:
         variant: str = "base",
         legacy: bool = False,
         path: Path | None = None,
+        prefill_first: bool = False,
     ) -> Self:
         """Reads `simulator/data/<name>.json`, or the file at `path`, and applies one of its variants.
 
-        `legacy` models an engine without CUDA graphs: no decode iteration below the floor. Raises UserError.
+        Raises UserError.
         """
         file = path if path is not None else DATA_FOLDER / f"{name}.json"
         data_name, parameters = read_parameters(file, variant)
-        return cls(data_name, parameters, variant, legacy)
+        return cls(data_name, parameters, variant, legacy, prefill_first)
 
-    @classmethod
-    def from_text(cls, text: str) -> Self:
-        """Reads `[FILE:]VARIANT[+legacy]`, `FILE` or nothing, as it stands in the environment or on a command line.
+    @staticmethod
+    def from_text(text: str) -> Physics:
+        """Reads `[FILE:]VARIANT[+MODE...]`, `FILE[+MODE...]` or nothing, as it stands in the environment or on a
+        command line.
 
-        FILE is a path that ends in .json; without it the built-in parameters are meant.
+        FILE is a path that ends in .json (parameters; without it the built-in ones are meant), or in .csv (a measured
+        grid, simulator/grid_file.py, which has no variants). Raises UserError.
         """
-        text, plus, mode = text.strip().partition("+")
-        if plus and mode != "legacy":
-            raise UserError(f"physics {text}+{mode}: unknown engine mode {mode!r}.", "The only one is +legacy.")
+        text, *modes = text.strip().split("+")
+        unknown = [mode for mode in modes if mode not in MODES]
+        if unknown:
+            known = ", ".join(f"+{mode}" for mode in MODES)
+            raise UserError(f"physics {text}: unknown engine mode {unknown[0]!r}.", f"Use some of: {known}.")
+        legacy, prefill_first = LEGACY in modes, PREFILL_FIRST in modes
+        if text.endswith(".csv"):
+            from simulator.grid_file import read_grid  # which builds on this module
+
+            if legacy:
+                raise UserError(f"physics {text}+{LEGACY}: a grid is measured as it is.", f"Leave +{LEGACY} out.")
+            return read_grid(Path(text), prefill_first)
         file, variant = "", text
         if text.endswith(".json"):
             file, variant = text, ""
         elif ":" in text:
             file, _, variant = text.rpartition(":")
-        return cls.load(variant=variant or "base", legacy=bool(plus), path=Path(file) if file else None)
+        path = Path(file) if file else None
+        return Physics.load(variant=variant or "base", legacy=legacy, path=path, prefill_first=prefill_first)
 
-    def off_by(self, share: float) -> Self:
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Of the engine, by name."""
+        return (LEGACY,) * self.legacy + (PREFILL_FIRST,) * self.prefill_first
+
+    def identity(self) -> list[Any]:
+        """All that its answers depend on, as a JSON value: what is measured on it is kept under this."""
+        return [self.name, self.variant, list(self.modes), self.parameters.model_dump(mode="json")]
+
+    def off_by(self, share: float) -> Physics:
         """The same GPUs, but slower and hungrier by a share than these, as no profile knows. Negative: better."""
         if not share:
             return self
         name = f"{self.name} off by {share:+g}"
-        return type(self)(name, off_by(self.parameters, share), self.variant, self.legacy)
+        return Physics(name, off_by(self.parameters, share), self.variant, self.legacy, self.prefill_first)
+
+    def without_floor(self) -> Physics:
+        """The same without what makes an engine a legacy one."""
+        return Physics(self.name, self.parameters, self.variant) if self.legacy else self
+
+    def sequence_s(self, tp: int, mhz: int) -> float:
+        """Seconds that each decoding sequence adds to an iteration beside its share of the GEMMs and its context."""
+        self._clock(tp, mhz)
+        return self.parameters.sequence_ms / 1e3
 
     def iteration(
         self,
@@ -125,7 +173,7 @@ class Physics:
         """
         if power_limit_w is not None and power_limit_w < self.parameters.power_limit_w:
             mhz = self.effective_mhz(tp, mhz, power_limit_w, batch, context_tokens, prefill)
-        seconds, joules = self._cost(self._clock(tp, mhz), tp, batch, context_tokens, prefill)
+        seconds, joules = self._cost(tp, mhz, batch, context_tokens, prefill)
         return seconds, joules / seconds
 
     def effective_mhz(
@@ -145,8 +193,7 @@ class Physics:
         low, high = 0, len(clocks) - 1
         while low < high:
             middle = (low + high + 1) // 2
-            at_clock = self._clock(tp, clocks[middle])
-            seconds, joules = self._cost(at_clock, tp, batch, context_tokens, prefill)
+            seconds, joules = self._cost(tp, clocks[middle], batch, context_tokens, prefill)
             if joules <= power_limit_w * seconds:
                 low = middle
             else:
@@ -243,8 +290,9 @@ class Physics:
             host_w=self.idle_w(mhz, context=True),
         )
 
-    def _cost(self, c: _AtClock, tp: int, batch: int, context_tokens: int, prefill: Prefill) -> tuple[float, float]:
+    def _cost(self, tp: int, mhz: int, batch: int, context_tokens: int, prefill: Prefill) -> tuple[float, float]:
         """Seconds and joules per GPU of one iteration; a legacy engine waits for its host below the floor."""
+        c = self._clock(tp, mhz)
         seconds, joules = self._modern_cost(c, tp, batch, context_tokens, prefill)
         floor_s = self.parameters.legacy_decode_floor_ms / 1e3
         if self.legacy and batch > 0 and seconds < floor_s:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
@@ -14,10 +14,10 @@ import numpy as np
 from controller.domain.decision import Decision
 from controller.domain.gpu_state import GpuState
 from controller.fleet.port import (
+    HOLDS_GPUS,
     ApplyClocks,
     Event,
     InstanceObservation,
-    InstanceState,
     LoadSeen,
     NodeObservation,
     NodeSeen,
@@ -31,6 +31,7 @@ from controller.loop.state import Instant
 from controller.profile.table import Profile
 from simulator.fast.fleet import FastFleet
 from simulator.fleet import FleetTimes
+from simulator.incidents import Incident
 from simulator.outcome import WARM_UP_S, SystemRun, node_off_s
 from simulator.physics import Physics
 from simulator.traces import Trace
@@ -195,7 +196,7 @@ class RecordedCore(Core):
     ) -> Iterable[tuple[str, int, int]]:
         clocks = {gpu.uuid: gpu.sm_mhz for gpu in node.gpus}
         for instance in instances:
-            if instance.state is not InstanceState.STOPPED:
+            if instance.state in HOLDS_GPUS:
                 mhz = clocks.get(instance.gpu_uuids[0]) or self.state.profile.full_mhz
                 yield self.state.pool_of(instance), instance.tp, mhz
 
@@ -212,8 +213,10 @@ def run_loop(
     seed: int,
     choices: int | None = None,
     accuracy: float | None = None,
+    incidents: Iterable[Incident] = (),
 ) -> SystemRun:
-    """The whole trace under one controller. The fleet is given the time of two rounds of starts to stand ready."""
+    """The whole trace under one controller. The fleet is given the time of two rounds of starts to stand ready.
+    `incidents` count from the trace's beginning."""
     # Between two observations of the nodes, and not at a tick's own instant.
     start_s = 2 * times.start_s + 30.0
     open_s, close_s = start_s + WARM_UP_S, start_s + float(trace.arrival_s[-1])
@@ -233,6 +236,7 @@ def run_loop(
         seed=seed,
         sparse=True,
         on_decision=_forget,
+        incidents=(replace(incident, at_s=start_s + incident.at_s) for incident in incidents),
     )
     result = fleet.run()
     first_s, finished_s = result.requests["first_s"], result.requests["finished_s"]
@@ -254,6 +258,7 @@ def run_loop(
         switches=recorder.switches,
         clock_changes=recorder.clock_changes,
         layout=recorder.layout,
+        spilled=result.spilled,
         series=recorder.series(nodes, trace, WARM_UP_S),
     )
 

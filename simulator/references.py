@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -32,6 +32,7 @@ from simulator.fast.engines import FastEngines
 from simulator.fast.layout import AT_DRAINING, AT_LOADING, IDLE, SERVING
 from simulator.fast.static import UNLIMITED
 from simulator.fleet import FleetTimes
+from simulator.incidents import Incident
 from simulator.loads import Load
 from simulator.outcome import WARM_UP_S, SystemRun, classes_of, energies_kwh, judge, node_off_s
 from simulator.physics import Physics
@@ -373,6 +374,7 @@ def run_reactive(
     times: FleetTimes,
     seed: int,
     choices: int | None = None,
+    incidents: Iterable[Incident] = (),
 ) -> SystemRun:
     """Begins with the instances that its target means for the first five minutes."""
     (name,) = ONE_POOL
@@ -381,4 +383,6 @@ def run_reactive(
     instances = max(1, min(math.ceil(rate_rps / (REACTIVE_TARGET * largest.rate_rps / most)), most))
     settings = replace(settings_of(SYSTEMS["singlepool"], profile, nodes, trace, times), fixed={name: instances})
     make = partial(ReactiveCore, in_flight=largest.in_flight / most)
-    return run_loop(make, settings, profile, physics, nodes, trace, times=times, seed=seed, choices=choices)
+    return run_loop(
+        make, settings, profile, physics, nodes, trace, times=times, seed=seed, choices=choices, incidents=incidents
+    )

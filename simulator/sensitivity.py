@@ -13,7 +13,7 @@ from simulator.study import Study
 from simulator.workers import Workers, open_workers
 
 # Options that may have several values, by their name in `Study`.
-SWEPT = ("u", "start_s", "physics", "mismatch", "pools", "predictor_accuracy")
+SWEPT = ("u", "start_s", "physics", "mismatch", "pools", "predictor_accuracy", "crashes_per_day")
 _KEPT = (
     "saved_off",
     "saved_parked",
@@ -25,15 +25,19 @@ _KEPT = (
     "gap_p99_ms",
     "mean_gpus",
     "switches",
+    "spilled",
 )
 # Measured again for each value, its columns would take longer than all the rest.
-_SAME_BOUND = ("u", "start_s", "pools", "predictor_accuracy")
+_SAME_BOUND = ("u", "start_s", "pools", "predictor_accuracy", "crashes_per_day")
 
 
 def run_sweeps(study: Study, values: Mapping[str, Sequence[Any]], progress: Progress | None = None) -> dict[str, Any]:
     """The result of `study`, with `sensitivity` for each option of `values` that has more than one value. The first
     value must be the study's own."""
     load_named(study.source, study.columns)  # a bad trace is told before processes are started
+    for option, several in values.items():
+        for value in several:
+            _ = replace(study, **{option: value}).world  # and so is a value that none of them could take
     with open_workers(study.workers, study.ray) as workers:
         result = run_on(workers, study, progress)
         for option, several in values.items():

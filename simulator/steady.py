@@ -67,13 +67,20 @@ def weighted_quantile(weighted: Iterable[tuple[float, float]], quantile: float) 
 
 
 def serve_steadily(
-    physics: Physics, tp: int, mhz: int, instances: int, requests: Sequence[Request], warm_up_share: float = 0.1
+    physics: Physics,
+    tp: int,
+    mhz: int,
+    instances: int,
+    requests: Sequence[Request],
+    warm_up_share: float = 0.1,
+    cap_w: float | None = None,
 ) -> Steady:
-    """Serves `requests` (in order of arrival) and measures those after the warm-up.
+    """Serves `requests` (in order of arrival) and measures those after the warm-up. With `cap_w` each GPU keeps that
+    power limit, at any clock up to `mhz`.
 
     A request that no instance could ever hold is a miss. The run ends early when the queues only grow.
     """
-    fleet = [_Instance(physics, tp, mhz) for _ in range(instances)]
+    fleet = [_Instance(physics, tp, mhz, cap_w) for _ in range(instances)]
     first = int(len(requests) * warm_up_share)
     window_s = requests[first].arrival_s
     tracked: list[tuple[Request, EngineRequest | None]] = []
@@ -142,14 +149,15 @@ class _Meter:
 class _Instance:
     """One engine and the iteration that is under way in it."""
 
-    __slots__ = ("_flight", "_idle_w", "_mhz", "_now_s", "_tp", "engine", "meter", "pending_tokens")
+    __slots__ = ("_cap_w", "_flight", "_idle_w", "_mhz", "_now_s", "_tp", "engine", "meter", "pending_tokens")
 
-    def __init__(self, physics: Physics, tp: int, mhz: int) -> None:
+    def __init__(self, physics: Physics, tp: int, mhz: int, cap_w: float | None) -> None:
         self.engine = Engine(physics, tp)
         self.meter = _Meter()
         self.pending_tokens = 0  # prompts without a token yet
         self._idle_w = physics.idle_w(mhz, context=True) * tp
         self._mhz = mhz
+        self._cap_w = cap_w
         self._tp = tp
         self._now_s = 0.0
         self._flight: Iteration | None = None
@@ -160,7 +168,7 @@ class _Instance:
         while True:
             flight = self._flight
             if flight is None:
-                flight = self._flight = engine.begin_iteration(self._now_s, self._mhz, max_steps=ENDLESS)
+                flight = self._flight = engine.begin_iteration(self._now_s, self._mhz, self._cap_w, ENDLESS)
                 if flight is None:
                     if until_s != inf:
                         self._idle(until_s)
@@ -189,8 +197,8 @@ class _Instance:
         meter = self.meter
         meter.joules += flight.joules_per_gpu * self._tp
         meter.running_seconds[self.engine.running] += flight.seconds
-        if flight.batch:
-            meter.gaps[flight.gap_s] += flight.gap_count
+        for gap_s, count in flight.gaps:
+            meter.gaps[gap_s] += count
         for event in self.engine.finish_iteration(flight, every_token=False):
             if event.first:
                 self.pending_tokens -= event.request.input_tokens

@@ -29,6 +29,7 @@ ALL_SYSTEMS: tuple[str, ...] = (*SYSTEMS, *REFERENCES)
 CARBON_G_PER_KWH = 450.0
 PRICE_PER_KWH = 0.12
 MOST_MISMATCH = 0.5
+MOST_CRASHES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Study:
     start_s: float = 180.0
     pools: int | None = None
     predictor_accuracy: float | None = None
+    crashes_per_day: float = 0.0
     columns: LogColumns | None = None
     energy_table: bool = True
     cache: Path = Path(".cache")
@@ -69,6 +71,8 @@ class Study:
             raise UserError(
                 f"A mismatch of {self.mismatch:g} is beyond reason.", f"Use at most {MOST_MISMATCH:g}, either way."
             )
+        if not 0 <= self.crashes_per_day <= MOST_CRASHES:
+            raise UserError(f"{self.crashes_per_day:g} crashes a day are beyond reason.", f"Use 0 to {MOST_CRASHES:,}.")
         if self.predictor_accuracy is not None and not 0 <= self.predictor_accuracy <= 1:
             raise UserError("The accuracy of a predictor is a share.", "Use a number from 0 to 1, or none.")
         if self.pools is not None and self.pools not in PARTITIONS_BY_POOLS:

@@ -9,7 +9,7 @@ them switch as the loop does, make before break.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import floor
 
@@ -19,7 +19,8 @@ from controller.domain.classes import ALL_CLASSES, DEFAULT_PARTITIONS, RequestCl
 from controller.loop.settings import Knobs, LoopSettings
 from controller.profile.table import Profile
 from simulator.fleet import FleetTimes
-from simulator.outcome import WARM_UP_S, SystemRun, classes_of
+from simulator.incidents import Incident
+from simulator.outcome import BOOT_S, HOST_EMPTY_W, OFF_AFTER_S, SHUTDOWN_S, WARM_UP_S, SystemRun, classes_of
 from simulator.physics import Physics
 from simulator.record import RecordedCore, run_loop
 from simulator.traces import Trace
@@ -49,14 +50,14 @@ SYSTEMS: dict[str, System] = {
             "singlepool",
             "SinglePool",
             "one pool, TP8 on every GPU, full clock",
-            Knobs(pools=False, instances=False, sharding=False, clocks=False, standby=False),
+            Knobs(pools=False, instances=False, sharding=False, clocks=False, standby=False, emergency=False),
             (ONE_POOL,),
         ),
         System(
             "multipool",
             "MultiPool",
             "two pools by input length, sized for their peaks, TP8, full clock",
-            Knobs(instances=False, sharding=False, clocks=False, standby=False),
+            Knobs(instances=False, sharding=False, clocks=False, standby=False, emergency=False),
             (TWO_POOLS,),
             fixed=True,
         ),
@@ -64,14 +65,14 @@ SYSTEMS: dict[str, System] = {
             "scaleinst",
             "ScaleInst",
             "two pools, the number of instances follows the load; TP8, full clock",
-            Knobs(sharding=False, clocks=False, standby=False),
+            Knobs(sharding=False, clocks=False, standby=False, emergency=False),
             (TWO_POOLS,),
         ),
         System(
             "scaleshard",
             "ScaleShard",
             "two pools, tensor parallelism follows the load, never fewer instances than at the peak; full clock",
-            Knobs(instances=False, clocks=False, standby=False),
+            Knobs(instances=False, clocks=False, standby=False, emergency=False),
             (TWO_POOLS,),
             fixed=True,
         ),
@@ -79,7 +80,7 @@ SYSTEMS: dict[str, System] = {
             "scalefreq",
             "ScaleFreq",
             "two pools sized for their peaks, TP8; clocks follow the load",
-            Knobs(instances=False, sharding=False, standby=False),
+            Knobs(instances=False, sharding=False, standby=False, emergency=False),
             (TWO_POOLS,),
             fixed=True,
         ),
@@ -107,6 +108,9 @@ def settings_of(system: System, profile: Profile, nodes: int, trace: Trace, time
         partitions=system.partitions,
         fixed=peak_shares(trace, profile, system.partitions[0], nodes) if system.fixed else {},
         knobs=system.knobs,
+        host_w=HOST_EMPTY_W,
+        hosts_off=True,
+        host_cycle_s=OFF_AFTER_S + SHUTDOWN_S + BOOT_S,
     )
 
 
@@ -121,6 +125,7 @@ def run_system(
     seed: int,
     choices: int | None = None,
     accuracy: float | None = None,
+    incidents: Iterable[Incident] = (),
 ) -> SystemRun:
     settings = settings_of(system, profile, nodes, trace, times)
     return run_loop(
@@ -134,6 +139,7 @@ def run_system(
         seed=seed,
         choices=choices,
         accuracy=accuracy,
+        incidents=incidents,
     )
 
 

@@ -7,10 +7,13 @@ same wherever and on however many workers it ran.
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from typing import Any, Protocol
 
 from common.errors import UserError
@@ -31,14 +34,37 @@ def open_workers(processes: int, ray: str | None = None) -> Iterator[Workers]:
         with _open_ray(processes, ray) as cluster:
             yield cluster
         return
+    with open_processes(processes) as pool:
+        yield pool
+
+
+@contextmanager
+def open_processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that live no longer than the caller's interest in them, or the caller."""
+    others = set(active_children())
     # Spawned, not forked: the caller may be a program with threads.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             yield pool
         except BaseException:
-            # What has not begun must not keep the caller waiting.
+            # Neither what has not begun nor what runs must keep the caller waiting.
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(active_children()) - others:
+                process.terminate()
             raise
+
+
+def end_with_parent() -> None:
+    """In a worker process: Ctrl-C ends it at once, and so does the end of its parent, however that came about."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_wait_for_parent, name="wait-for-parent", daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class RayWorkers:

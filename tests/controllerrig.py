@@ -78,13 +78,19 @@ class ControllerRig:
         self._load: threading.Thread | None = None
         self._ended = threading.Event()
         self._arrived = 0.0
-        for part in self.fleet.parts:
-            if part.name.startswith("agent-"):
-                with part.log.open("ab") as log:
-                    environment = {**os.environ, **part.environment}
-                    self._processes.append(
-                        subprocess.Popen(part.command, stdout=log, stderr=log, env=environment, start_new_session=True)
-                    )
+        self.agents: dict[str, subprocess.Popen[bytes]] = {}  # by node
+        self.agent_metrics = {h.node_id: f"127.0.0.1:{p}" for h, p in zip(self.fleet.hosts, free_ports(2), strict=True)}
+        for host in self.fleet.hosts:
+            self.start_agent(host.node_id)
+
+    def start_agent(self, node_id: str) -> None:
+        part = next(part for part in self.fleet.parts if part.name == f"agent-{node_id}")
+        with part.log.open("ab") as log:
+            metrics = {"DYNAMOLLM_NODEAGENT__METRICS__LISTEN": self.agent_metrics[node_id]}
+            environment = {**os.environ, **metrics, **part.environment}
+            process = subprocess.Popen(part.command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        self.agents[node_id] = process
+        self._processes.append(process)
 
     # ---------------------------------------------------------------------------------------------- controllers
 
@@ -111,6 +117,16 @@ class ControllerRig:
         controller = Controller(name, f"127.0.0.1:{port}", process, log)
         self._controllers[name] = controller
         return controller
+
+    def start_gateway(self, controller: Controller) -> str:
+        """The fleet's gateway in front of it; returns its address."""
+        part = next(part for part in self.fleet.parts if part.name == "gateway")
+        environment = {**os.environ, **part.environment, "DYNAMOLLM_GATEWAY__CONTROLLER": controller.address}
+        with part.log.open("ab") as log:
+            self._processes.append(
+                subprocess.Popen(part.command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            )
+        return self.fleet.gateway.removeprefix("http://")
 
     def leaders(self) -> list[Controller]:
         """Those that answer: a standby does not listen."""

@@ -58,7 +58,8 @@ def serve_one(physics: Physics, tp: int, trace: Trace, clocks: Sequence[tuple[fl
         while flight is not None and flight.end_s < until_s:
             now_s = flight.end_s
             served.serving_j += flight.joules_per_gpu
-            served.gaps[round(flight.gap_s * 1e4)] += flight.gap_count
+            for gap_s, count in flight.gaps:
+                served.gaps[round(gap_s * 1e4)] += count
             served.most_running = max(served.most_running, engine.running)
             for event in engine.finish_iteration(flight, every_token=False):
                 number = int(event.request_id)

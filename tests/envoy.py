@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import signal
 import sys
@@ -37,9 +38,15 @@ class Envoy:
 
 @asynccontextmanager
 async def envoy_process(
-    picker_port: int, folder: Path, observed_percent: int = 5, fail_open: bool = True, concurrency: int = 1
+    picker_port: int,
+    folder: Path,
+    observed_percent: int = 5,
+    fail_open: bool = True,
+    concurrency: int = 1,
+    tls: dict[str, Path] | None = None,
 ) -> AsyncIterator[Envoy]:
-    """Waits until it has heard of endpoints, or given up waiting for them."""
+    """Waits until it has heard of endpoints, or given up waiting for them. `tls`: files (cert, key, ca) for the lines
+    of the sample that say how to call the picker over it."""
     program = binary()
     assert program is not None
     text = SAMPLE.read_text(encoding="utf-8")
@@ -52,6 +59,12 @@ async def envoy_process(
     ):
         assert before in text
         text = text.replace(before, after)
+    if tls is not None:
+        text = re.sub(r"^( *)#tls ", r"\1", text, flags=re.MULTILINE)
+        for name, path in tls.items():
+            before = f"/etc/dynamollm/tls/{name}.pem"
+            assert before in text
+            text = text.replace(before, str(path))
     config, address = folder / "envoy.yaml", folder / "admin.txt"
     config.write_text(text, encoding="utf-8")
     process = await asyncio.create_subprocess_exec(

@@ -39,11 +39,13 @@ def missing() -> str:
 class Postgres:
     """One cluster on a port chosen by the kernel; `stop` and `start` keep port and data."""
 
-    def __init__(self) -> None:
+    def __init__(self, enter: tuple[str, ...] = (), host: str = "127.0.0.1") -> None:
+        """`enter` goes before the server's command (tests/netlab.py), where it then listens on `host`."""
         binaries = _binaries()
         if binaries is None:
             raise RuntimeError(missing())
         self._binaries = binaries
+        self._enter, self._host = enter, host
         # Not under pytest's own folders: only their owner may enter those.
         self._folder = Path(tempfile.mkdtemp(prefix="dynamollm-pg-"))
         self._data = self._folder / "data"
@@ -54,6 +56,9 @@ class Postgres:
             if os.geteuid() == 0:
                 shutil.chown(self._folder, _USER)
             self._run("initdb", "-D", str(self._data), "-U", _USER, "-A", "trust", "-E", "UTF8", "--no-sync")
+            if host != "127.0.0.1":
+                with (self._data / "pg_hba.conf").open("a", encoding="utf-8") as file:
+                    file.write("host all all samenet trust\n")
             self._start_on_free_port()
         except BaseException:
             self.close()
@@ -71,7 +76,7 @@ class Postgres:
         command = [str(self._binaries / "postgres"), "-D", str(self._data)]
         for setting in (
             f"port={self.port}",
-            "listen_addresses=127.0.0.1",
+            f"listen_addresses={self._host}",
             f"unix_socket_directories={self._folder}",
             "fsync=off",
             "max_connections=50",
@@ -80,7 +85,7 @@ class Postgres:
         with self._log.open("ab") as log:
             # --pdeathsig: a test run that is killed leaves no server behind.
             self._process = subprocess.Popen(
-                [*_as_user("--pdeathsig", "INT"), *command], stdout=log, stderr=log, cwd=self._folder
+                [*self._enter, *_as_user("--pdeathsig", "INT"), *command], stdout=log, stderr=log, cwd=self._folder
             )
         deadline_s = time.monotonic() + patience_s
         while time.monotonic() < deadline_s and self._process.poll() is None:
@@ -124,7 +129,7 @@ class Postgres:
                     raise
 
     def _address(self, database: str) -> str:
-        return f"postgresql://{_USER}@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://{_USER}@{self._host}:{self.port}/{database}"
 
     def _run(self, program: str, *arguments: str) -> None:
         done = subprocess.run(

@@ -16,6 +16,7 @@ from controller.policy.routing import load_of
 from simulator.physics import Physics
 
 CHUNK_TOKENS = 1024
+PREFILL_FIRST_TOKENS = 8192  # of an iteration of prompts alone
 MOST_RUNNING = 256
 
 
@@ -48,6 +49,7 @@ class Server:
     prefilling: list[Job] = field(default_factory=list)
     decoding: list[Job] = field(default_factory=list)
     chunks: list[tuple[Job, int]] | None = None  # of the iteration under way
+    stepping: list[Job] = field(default_factory=list)  # those that decode in it
     targets: dict[int, int] = field(default_factory=dict)  # KV reserved by prefills
     gaps: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -85,7 +87,8 @@ class Server:
             self.waiting.insert(0, victim)
             self.preempted += 1
             short = True
-        budget = CHUNK_TOKENS - len(self.decoding)
+        first = self.physics.prefill_first
+        budget = PREFILL_FIRST_TOKENS if first else CHUNK_TOKENS - len(self.decoding)
         chunks = []
         for job in self.prefilling:
             tokens = min(self.targets[id(job)] - job.prefilled, budget)
@@ -107,17 +110,28 @@ class Server:
             budget -= tokens
         if not chunks and not self.decoding:
             return False
-        context = sum(job.input_tokens + job.made for job in self.decoding)
-        prefill = [(tokens, job.prefilled) for job, tokens in chunks]
-        self.seconds, watts = self.physics.iteration(self.tp, self.mhz, len(self.decoding), context, prefill)
+        self.stepping = [] if chunks and first else list(self.decoding)
+        self.seconds, watts = self._costs(chunks)
         self.joules += self.seconds * watts * self.tp
         self.most_kv = max(self.most_kv, self.kv() + len(self.decoding))
         self.chunks = chunks
         return True
 
+    def _costs(self, chunks: list[tuple[Job, int]]) -> tuple[float, float]:
+        context = sum(job.input_tokens + job.made for job in self.stepping)
+        prefill = [(tokens, job.prefilled) for job, tokens in chunks]
+        return self.physics.iteration(self.tp, self.mhz, len(self.stepping), context, prefill)
+
+    def beyond_j(self, end_s: float) -> float:
+        """What the iteration under way draws after that instant."""
+        if self.chunks is None:
+            return 0.0
+        _, watts = self._costs(self.chunks)
+        return (self.now_s + self.seconds - end_s) * watts * self.tp
+
     def _end(self) -> None:
         self.now_s += self.seconds
-        for job in self.decoding:
+        for job in self.stepping:
             self._token(job)
         self.decoding = [job for job in self.decoding if job.made < job.output_tokens]
         for job, tokens in self.chunks or ():
@@ -157,20 +171,11 @@ def serve(physics: Physics, requests: Iterable[tuple[float, int, int]], instance
         min(servers, key=lambda server: server.load).waiting.append(job)
     # What the iterations under way draw beyond the last arrival is not part of the window.
     end_s = jobs[-1].arrival_s
-    over = sum(_beyond_j(server, end_s) for server in servers)
+    over = sum(server.beyond_j(end_s) for server in servers)
     joules = sum(server.joules for server in servers) - over
     for server in servers:
         server.run_until(inf)
     return Served(jobs, servers, joules)
-
-
-def _beyond_j(server: Server, end_s: float) -> float:
-    if server.chunks is None:
-        return 0.0
-    context = sum(job.input_tokens + job.made for job in server.decoding)
-    prefill = [(tokens, job.prefilled) for job, tokens in server.chunks]
-    _, watts = server.physics.iteration(server.tp, server.mhz, len(server.decoding), context, prefill)
-    return (server.now_s + server.seconds - end_s) * watts * server.tp
 
 
 # ----------------------------------------------------------------------------------------------------- bound

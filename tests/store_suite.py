@@ -28,6 +28,7 @@ from controller.store.recorder import Recorder
 from controller.store.records import (
     ActionKind,
     ActionRecord,
+    ChoiceRecord,
     DecisionOutcome,
     EnergySource,
     InputFrame,
@@ -139,6 +140,30 @@ def one_of_each() -> list[Record]:
         InputFrame(1, 1, NOON_S, NOON_S + 300, 1200, ('["t",1.0,2.0,"instance"]',)),
         InputSnapshot(1, 1, NOON_S, lambda: "{}"),
         OrderRecord(1, 1, NOON_S, OrderKind.MODE, "pool:long", "advisory", "ada@desk", "trying it out"),
+        ChoiceRecord(
+            "gw",
+            "e1",
+            1,
+            NOON_S + 3,
+            MODEL,
+            RequestClass.parse("SM"),
+            120,
+            "short",
+            "i1",
+            "load",
+            0.4,
+            1000,
+            (
+                {
+                    "instance": "i2",
+                    "pool": "short",
+                    "lost_by": "load",
+                    "in_flight": 3,
+                    "pending_tokens": 0,
+                    "score": 1.0,
+                },
+            ),
+        ),
         SavingRow("2026-03-01", MODEL, "", "single_pool", 86_400.0, 3.6e8, 7.2e8, 6.8e8, 7.6e8, 0.12, 450.0, NOON_S),
     ]
 

@@ -30,7 +30,7 @@ class PoolFigures:
 def pool_figures(state: State, now_s: float) -> list[PoolFigures]:
     """By pool name. Reads copies: a scrape may run beside the loop."""
     rates = state.load.rates_rps(now_s, state.settings.load_window_s) or {}
-    queues = state.load.queues()
+    queues = state.load.queues(now_s, state.settings.stale_s)
     seen: dict[str, list[tuple[str, InstanceObservation]]] = {}
     for node_id, instance in state.instances().values():
         if instance.state in HOLDS_GPUS:

@@ -86,6 +86,13 @@ class ControllerMetrics(Collector):
         if (watts := predicted_power_w(state, now_s)) is not None:
             predicted.add_metric([], watts)
         yield predicted
+        yield from _budgets(state)
+        yield GaugeMetricFamily(
+            "dynamollm_nodes_off",
+            "Nodes that the provisioner has turned off, on their way there or back.",
+            sum(not state.is_on(node_id) for node_id in dict(state.powered)),
+        )
+        yield from _profile(state)
         yield GaugeMetricFamily("dynamollm_controller_term", "Leadership term of this controller.", state.term)
         age = GaugeMetricFamily("dynamollm_load_report_age_seconds", "Since a gateway last reported; absent before.")
         if (age_s := state.load.age_s(now_s)) is not None:
@@ -98,6 +105,39 @@ class ControllerMetrics(Collector):
         yield CounterMetricFamily("dynamollm_history_values_dropped", "History lost for good.", counts.dropped)
         yield GaugeMetricFamily("dynamollm_history_spool_bytes", "On disk, not in the database.", counts.spool_bytes)
         yield GaugeMetricFamily("dynamollm_history_database_up", "1 while the database answers.", counts.database_ok)
+
+
+def _budgets(state: State) -> Iterator[Metric]:
+    watts = GaugeMetricFamily("dynamollm_power_budget_watts", "Power budget of a scope.", labels=["scope"])
+    held = GaugeMetricFamily(
+        "dynamollm_power_budget_held", "1 once caps are confirmed that add up to no more than it.", labels=["scope"]
+    )
+    for scope, budget in sorted(dict(state.budgets).items()):
+        watts.add_metric([scope], budget.watts)
+        held.add_metric([scope], scope in state.budgets_held)
+    yield from (watts, held)
+
+
+def _profile(state: State) -> Iterator[Metric]:
+    correction = GaugeMetricFamily(
+        "dynamollm_profile_correction_ratio",
+        "What the profile's power is multiplied with, from live power; absent without any.",
+        labels=["pool", "tensor_parallel"],
+    )
+    for (pool, tp), factor in sorted(dict(state.corrections).items()):
+        correction.add_metric([pool, str(tp)], factor)
+    yield correction
+    drifted = GaugeMetricFamily(
+        "dynamollm_profile_drifted", "1 where the profile must be measured again.", labels=["pool", "tensor_parallel"]
+    )
+    for pool, tp in sorted(set(state.drifted)):
+        drifted.add_metric([pool, str(tp)], 1.0)
+    yield drifted
+    yield GaugeMetricFamily(
+        "dynamollm_profile_valid",
+        "0 while engines run that the profile was not measured on.",
+        not state.foreign_engines,
+    )
 
 
 def _nodes(state: State, now_s: float) -> Iterator[Metric]:

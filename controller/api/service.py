@@ -10,20 +10,33 @@ from typing import Any
 import grpc
 from sqlalchemy import Engine
 
+from controller.api.budgets import budget_from_wire, budgets_to_wire
+from controller.api.choices import choices_from_wire
 from controller.api.figures import pool_figures, power_w, predicted_power_w
+from controller.api.gate import asker
 from controller.api.routing_hub import RoutingHub
-from controller.api.wire import MODE_OF, MODES, latencies_from_wire, loads_from_wire, routing_to_wire, timestamp
+from controller.api.wire import (
+    MODE_OF,
+    MODES,
+    STAGES,
+    latencies_from_wire,
+    loads_from_wire,
+    routing_to_wire,
+    timestamp,
+)
 from controller.domain.decision import canonical_json
 from controller.domain.reasons import Level, Mode
 from controller.explain import explain
 from controller.fleet.port import Event, LoadSeen
+from controller.loop.emergency import stage_of
 from controller.loop.orders import CLUSTER_SCOPE, NODE_PREFIX, POOL_PREFIX, PlanNow, SetMode
+from controller.loop.profile_in_use import PROFILE_LINE, status_line
 from controller.loop.runtime import Runtime
 from controller.loop.snapshot import take
 from controller.loop.state import State
 from controller.preview import preview
 from controller.store.recorder import RecorderCounts
-from controller.store.records import OrderKind
+from controller.store.records import OrderKind, Record
 from controller.store.repositories import StoredDecision, get_decision, list_decisions
 from dynamollm.v1 import controller_pb2 as pb
 from dynamollm.v1 import controller_pb2_grpc as rpc
@@ -46,7 +59,10 @@ class ControllerService(rpc.ControllerServicer):
         recorder_counts: Callable[[], RecorderCounts],
         runtime: Runtime,
         holder: str,
+        record: Callable[[Record], None],
     ) -> None:
+        """`record` must neither block nor raise (store/recorder.py)."""
+        self._record = record
         self._state = state
         self._runtime = runtime
         self._holder = holder
@@ -71,12 +87,15 @@ class ControllerService(rpc.ControllerServicer):
         try:
             observations = loads_from_wire(request, self._monotonic_s())
             latencies = latencies_from_wire(request, self._state.settings.model)
+            choices = choices_from_wire(request)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         for observation in observations:
             self._sink(LoadSeen(observation))
         for request_class, seen in latencies:
             self._runtime.latency(request.gateway_id, request.epoch, request_class, seen)
+        for choice in choices:
+            self._record(choice)
         return pb.ReportLoadResponse(term=self._state.term)
 
     async def ListNodes(
@@ -94,7 +113,7 @@ class ControllerService(rpc.ControllerServicer):
             term=state.term,
             pools=self._pools(),
             nodes=self._nodes(),
-            last_sentences={str(level): sentence for level, sentence in state.sentences.items()},
+            last_sentences=_sentences(state),
             decisions_recorded=counts.recorded,
             decisions_spooled=counts.in_memory + counts.spooled,
             modes=_modes(state),
@@ -147,7 +166,9 @@ class ControllerService(rpc.ControllerServicer):
         if wrong or mode is None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wrong)
         before = state.mode if request.scope == CLUSTER_SCOPE else state.modes.get(request.scope, Mode.ACTIVE)
-        await self._runtime.order(OrderKind.MODE, SetMode(request.scope, mode), mode.value, request.who, request.why)
+        await self._runtime.order(
+            OrderKind.MODE, SetMode(request.scope, mode), mode.value, asker(request.who), request.why
+        )
         return pb.SetModeResponse(before=MODES[before], modes=_modes(state))
 
     async def PlanNow(
@@ -157,8 +178,24 @@ class ControllerService(rpc.ControllerServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "who asks is needed: it is kept in the history")
         if not self._state.pools:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "there is no plan yet: nodes are awaited")
-        await self._runtime.order(OrderKind.PLAN, PlanNow("operator"), "", request.who, request.why)
+        await self._runtime.order(OrderKind.PLAN, PlanNow("operator"), "", asker(request.who), request.why)
         return pb.PlanNowResponse()
+
+    async def SetPowerBudget(
+        self, request: pb.SetPowerBudgetRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.SetPowerBudgetResponse:
+        try:
+            order = budget_from_wire(request, self._state, self._runtime.now().wall_s)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        value = "" if order.watts is None else repr(order.watts)
+        await self._runtime.order(OrderKind.BUDGET, order, value, asker(request.who), request.why, order.until_s)
+        return pb.SetPowerBudgetResponse(budgets=budgets_to_wire(self._state, self._runtime.now()))
+
+    async def GetPowerBudget(
+        self, request: pb.GetPowerBudgetRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetPowerBudgetResponse:
+        return pb.GetPowerBudgetResponse(budgets=budgets_to_wire(self._state, self._runtime.now()))
 
     async def PreviewPlan(
         self, request: pb.PreviewPlanRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -184,7 +221,9 @@ class ControllerService(rpc.ControllerServicer):
         for node_id, address in sorted(self._addresses.items()):
             seen = state.nodes.get(node_id)
             freshness = (
-                pb.FRESHNESS_LOST
+                pb.FRESHNESS_OFF
+                if not state.is_on(node_id)
+                else pb.FRESHNESS_LOST
                 if state.is_lost(node_id, now_s)
                 else pb.FRESHNESS_STALE
                 if state.is_stale(node_id, now_s)
@@ -218,6 +257,7 @@ class ControllerService(rpc.ControllerServicer):
                     else 0,
                     running=instance.running,
                     waiting=instance.waiting,
+                    kv_usage_ratio=instance.kv_usage_ratio,
                     power_w=power_w(state, node_id, instance.gpu_uuids),
                 )
             )
@@ -235,9 +275,17 @@ class ControllerService(rpc.ControllerServicer):
                 capacity_rate=figures.capacity_rate,
                 slo_attainment=figures.slo_attainment,
                 queued=figures.queued,
+                emergency=STAGES.get(stage_of(state, figures.name), pb.EMERGENCY_STAGE_UNSPECIFIED),
             )
             for figures in pool_figures(state, self._monotonic_s())
         ]
+
+
+def _sentences(state: State) -> dict[str, str]:
+    """What each level said last, and what is to be known of the profile."""
+    said = {str(level): sentence for level, sentence in state.sentences.items()}
+    line = status_line(state)
+    return {**said, PROFILE_LINE: line} if line else said
 
 
 def _modes(state: State) -> list[pb.ScopeMode]:

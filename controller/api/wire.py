@@ -5,10 +5,11 @@ from __future__ import annotations
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from controller.domain.classes import ClassScheme, RequestClass
-from controller.domain.reasons import Mode
+from controller.domain.reasons import Mode, Stage
 from controller.fleet.port import (
     ClassCounters,
     LoadObservation,
+    PoolOrder,
     QueueObservation,
     RoutedInstance,
     RoutedPool,
@@ -19,6 +20,15 @@ from dynamollm.v1 import controller_pb2 as pb
 
 MODES = {Mode.ACTIVE: pb.MODE_ACTIVE, Mode.ADVISORY: pb.MODE_ADVISORY, Mode.PAUSED: pb.MODE_PAUSED}
 MODE_OF = {wire: mode for mode, wire in MODES.items()}
+
+
+STAGES = {
+    Stage.REORDER: pb.EMERGENCY_STAGE_REORDER,
+    Stage.FULL_CLOCK: pb.EMERGENCY_STAGE_FULL_CLOCK,
+    Stage.MOVE: pb.EMERGENCY_STAGE_MOVE,
+    Stage.REFUSE: pb.EMERGENCY_STAGE_REFUSE,
+}
+STAGE_OF = {wire: stage for stage, wire in STAGES.items()}
 
 
 def timestamp(epoch_s: float) -> Timestamp:
@@ -45,9 +55,11 @@ def routing_to_wire(table: RoutingTable) -> pb.WatchRoutingResponse:
                         max_in_flight=instance.max_in_flight,
                         weight=instance.weight,
                         accepts_new=instance.accepts_new,
+                        marginal_joules=instance.marginal_j,
                     )
                     for instance in pool.instances
                 ],
+                order=_order_to_wire(pool.order) if pool.order is not None else None,
             )
             for pool in table.pools
         ],
@@ -75,19 +87,47 @@ def routing_from_wire(message: pb.WatchRoutingResponse) -> RoutingTable:
                     max_in_flight=instance.max_in_flight,
                     weight=instance.weight,
                     accepts_new=instance.accepts_new,
+                    marginal_j=tuple(instance.marginal_joules),
                 )
                 for instance in pool.instances
             ),
+            order=_order_from_wire(pool.order) if pool.HasField("order") else None,
         )
         for pool in message.pools
     )
     return RoutingTable(term=message.term, version=message.version, pools=pools, scheme=scheme)
 
 
+def _order_to_wire(order: PoolOrder) -> pb.PoolOrder:
+    return pb.PoolOrder(
+        stage=STAGES[order.stage],
+        ttl_s=order.ttl_s,
+        first_token_s=order.first_token_s,
+        retry_after_s=order.retry_after_s,
+        limits=order.limits,
+        prompt_tokens=order.prompt_tokens,
+    )
+
+
+def _order_from_wire(order: pb.PoolOrder) -> PoolOrder | None:
+    """None for a stage that this version does not know: then the gateway does what it does by itself."""
+    stage = STAGE_OF.get(order.stage)
+    if stage is None:
+        return None
+    short, middle, long = (*order.first_token_s, 0.0, 0.0, 0.0)[:3]
+    first_token_s = (short, middle, long)
+    return PoolOrder(
+        stage, order.ttl_s, first_token_s, order.retry_after_s, dict(order.limits), dict(order.prompt_tokens)
+    )
+
+
 def loads_from_wire(message: pb.ReportLoadRequest, observed_at_s: float) -> list[LoadObservation]:
     """One observation per model the gateway reports. Raises ValueError for an unknown class name."""
     queues = {
-        queue.pool: QueueObservation(queue.waiting, queue.in_flight, queue.oldest_wait_s) for queue in message.queues
+        queue.pool: QueueObservation(
+            queue.waiting, queue.in_flight, queue.oldest_wait_s, queue.at_risk, dict(queue.refused)
+        )
+        for queue in message.queues
     }
     by_model: dict[str, dict[RequestClass, ClassCounters]] = {}
     for load in message.classes:

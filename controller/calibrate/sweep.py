@@ -1,4 +1,4 @@
-"""Calibration sweep: which operating points to measure, in which order, and the profile made of them.
+"""Calibration sweep: which operating points to measure, and in which order. calibrate/assembly.py makes a profile.
 
 Works on any fleet behind `MeasureBackend`: the twin (simulator/calibration.py) or an idle node. Coarse first: at full
 clock the load doubles until the SLO breaks; points are then added where the knee is estimated, and every lower clock
@@ -9,19 +9,20 @@ Measured points are kept in a `PointCache`, so that an interrupted sweep goes on
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import count
 from pathlib import Path
+from statistics import fmean, median_high, stdev
 from typing import Protocol
 
 from common.clock import Clock, SystemClock
-from controller.domain.classes import DEFAULT_GROUPS, ClassGroup, ClassScheme, RequestClass
+from controller.domain.classes import DEFAULT_GROUPS, ClassGroup, ClassScheme
 from controller.domain.decision import canonical_json
 from controller.domain.slo import Slo
 from controller.profile.fit import knee_rps
-from controller.profile.table import ClassMix, IdlePoint, OperatingPoint, Profile, StartCost, TokenWork
+from controller.profile.table import OperatingPoint
 
 Tokens = tuple[int, int]  # of one request: input, output
 
@@ -36,10 +37,12 @@ class PointRequest:
     rate_rps: float
     requests: int
     seed: int
+    cap_w: float | None = None  # power limit of each GPU, with the clock free up to `mhz`; None: locked at it
 
     @property
     def key(self) -> str:
-        return canonical_json([self.group, self.tp, self.mhz, self.rate_rps, self.requests, self.seed])
+        values = [self.group, self.tp, self.mhz, self.rate_rps, self.requests, self.seed]
+        return canonical_json(values if self.cap_w is None else [*values, self.cap_w])
 
 
 class Phase(StrEnum):
@@ -62,8 +65,11 @@ class MeasureBackend(Protocol):
         """Power of one GPU without a context."""
         ...
 
-    def saturated_s_per_token(self, phase: Phase, tp: int, mhz: int, mean_tokens: tuple[float, float]) -> float:
-        """Seconds per token of an instance that does one phase only, saturated, with requests of the mean size."""
+    def saturated(
+        self, phase: Phase, tp: int, mhz: int, mean_tokens: tuple[float, float], cap_w: float | None = None
+    ) -> tuple[float, float]:
+        """Seconds per token, and watts, of an instance that does one phase only, saturated, with requests of the mean
+        size."""
         ...
 
 
@@ -78,8 +84,16 @@ class SweepSettings:
     shrink: float = 0.75  # steps of the search at lower clocks, downwards from the knee above
     refinements: int = 6  # at most
     precision: float = 0.05  # of the knee, relative
-    curve_shares: tuple[float, ...] = (0.02, 0.06, 0.15, 0.3, 0.5, 0.75)  # of the knee; power bends at the low end
+    # Of the knee; power bends at the low end.
+    curve_shares: tuple[float, ...] = (0.02, 0.04, 0.06, 0.1, 0.15, 0.3, 0.5, 0.75)
     seed: int = 1
+    repeats: int = 1  # of every point that goes into the profile; more than one tell how sure it is
+    cap_shares: tuple[float, ...] = (
+        0.25,
+        0.5,
+        0.75,
+        0.95,
+    )  # of the knee at full clock: loads that caps are measured at
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +111,19 @@ class SweepPlan:
     settings: SweepSettings = field(default_factory=SweepSettings)
     # Share of the rarest input bucket in the requests of each group (`rarest_share`); 1 where it is not given.
     rarest: Mapping[str, float] = field(default_factory=dict)
+    # Power limits of each GPU to measure beside the clocks; none: only clocks are compared.
+    caps_w: tuple[float, ...] = ()
 
     def gate_requests(self, group: str) -> int:
         """Requests per instance that the gate needs to judge the rarest bucket, within reason."""
         share = max(self.rarest.get(group, 1.0), self.settings.least_share)
         return max(self.settings.least_requests, round(self.settings.gate_requests / share))
+
+    def points_estimate(self) -> int:
+        """Measurements of one kind, roughly: to tell the time that is left before the first kind is done."""
+        settings = self.settings
+        each = len(settings.curve_shares) + settings.refinements
+        return (len(self.clocks_mhz) * each + len(self.caps_w) * len(settings.cap_shares)) * settings.repeats
 
     def kinds(self) -> tuple[tuple[str, int], ...]:
         """(group, tp): the parts of a sweep that may be measured side by side."""
@@ -159,9 +181,9 @@ class Progress:
     remaining_s: float
 
 
-def remaining_s(elapsed_s: float, done: int, total: int) -> float:
+def remaining_s(elapsed_s: float, done: float, total: int) -> float:
     """As if what is left took as long as what is done."""
-    return elapsed_s / done * (total - done)
+    return elapsed_s / done * (total - done) if done > 0 else 0.0
 
 
 OnPoint = Callable[[OperatingPoint], None]
@@ -175,8 +197,8 @@ def sweep_kind(
     cache: PointCache,
     on_point: OnPoint | None = None,
 ) -> list[OperatingPoint]:
-    """Measures one kind of instance at every clock, from the full one downwards."""
-    gauge = _Gauge(backend, plan, group, tp, cache, on_point)
+    """Measures one kind of instance at every clock, from the full one downwards, and under the plan's caps."""
+    gauge = Gauge(backend, plan, group, tp, cache, on_point)
     points: list[OperatingPoint] = []
     above_rps: float | None = None
     for mhz in reversed(plan.clocks_mhz):
@@ -186,7 +208,9 @@ def sweep_kind(
         if knee == 0:
             break  # a clock that misses the SLO at the lightest load: lower ones miss it too
         above_rps = knee
-    return points
+        if mhz == plan.clocks_mhz[-1]:
+            points += under_caps(gauge, mhz, knee)
+    return repeated(gauge, set_of(points))
 
 
 def sweep(
@@ -201,16 +225,38 @@ def sweep(
     began_s = clock.monotonic_s()
     points: list[OperatingPoint] = []
     kinds = plan.kinds()
-    for done, (group, tp) in enumerate(kinds, start=1):
-        points += sweep_kind(backend, plan, group, tp, cache)
+    for done, (group, tp) in enumerate(kinds):
+        tell = None if progress is None else _teller(progress, plan, clock, began_s, done, len(points))
+        points += sweep_kind(backend, plan, group, tp, cache, tell)
         if progress is not None:
-            left_s = remaining_s(clock.monotonic_s() - began_s, done, len(kinds))
-            progress(Progress(done, len(kinds), len(points), f"{group} TP{tp}", left_s))
+            left_s = remaining_s(clock.monotonic_s() - began_s, done + 1, len(kinds))
+            progress(Progress(done + 1, len(kinds), len(points), f"{group} TP{tp}", left_s))
     return points
 
 
+def _teller(
+    progress: Callable[[Progress], None], plan: SweepPlan, clock: Clock, began_s: float, done: int, before: int
+) -> OnPoint:
+    """Tells of every point of one kind. As much of it is done as it has points, of about as many as kinds take."""
+    told = count(1)
+
+    def tell(point: OperatingPoint) -> None:
+        number = next(told)
+        share = done + min(0.99, number / plan.points_estimate())
+        left_s = remaining_s(clock.monotonic_s() - began_s, share, len(plan.kinds()))
+        progress(Progress(done, len(plan.kinds()), before + number, say_point(point), left_s))
+
+    return tell
+
+
+def say_point(point: OperatingPoint) -> str:
+    """For people: what was measured last."""
+    held = f"{point.mhz} MHz" if point.cap_w is None else f"cap {point.cap_w:.0f} W"
+    return f"{point.group} TP{point.tp}, {held}, {point.rate_rps:.2f} requests/s: {point.power_w:.0f} W"
+
+
 @dataclass(frozen=True, slots=True)
-class _Gauge:
+class Gauge:
     """Measures points of one kind, through the cache."""
 
     backend: MeasureBackend
@@ -219,11 +265,18 @@ class _Gauge:
     tp: int
     cache: PointCache
     on_point: OnPoint | None
+    # Requests per instance that a point was measured with at most, by clock, load and cap.
+    asked: dict[tuple[int, float, float | None], int] = field(default_factory=dict)
 
-    def __call__(self, mhz: int, rate_rps: float, requests: int) -> OperatingPoint:
+    def __call__(
+        self, mhz: int, rate_rps: float, requests: int, cap_w: float | None = None, repeat: int = 0
+    ) -> OperatingPoint:
         # The same seed everywhere: all points see the same requests in the same order, so that the differences
-        # between clocks are not differences between samples.
-        request = PointRequest(self.group, self.tp, mhz, round(rate_rps, 6), requests, self.plan.settings.seed)
+        # between clocks are not differences between samples. Repeats see others.
+        seed = self.plan.settings.seed + 1000 * repeat
+        request = PointRequest(self.group, self.tp, mhz, round(rate_rps, 6), requests, seed, cap_w)
+        key = mhz, request.rate_rps, cap_w
+        self.asked[key] = max(requests, self.asked.get(key, 0))
         point = self.cache.get(request.key)
         if point is None:
             point = self.backend.measure(request)
@@ -251,7 +304,7 @@ class _Gauge:
         return 1 - point.attainment_worst >= (1 - slo.attainment) * 2 or point.gap_p99_ms > slo.token_gap_p99_ms * 1.1
 
 
-def _search(gauge: _Gauge, mhz: int, above_rps: float | None) -> list[OperatingPoint]:
+def _search(gauge: Gauge, mhz: int, above_rps: float | None) -> list[OperatingPoint]:
     """Points around the knee, by rising load. Attainment is a noisy sample and often flat: the knee is not where one
     point fails, but where the monotone curve through all of them crosses the bound."""
     settings = gauge.plan.settings
@@ -282,7 +335,7 @@ def _search(gauge: _Gauge, mhz: int, above_rps: float | None) -> list[OperatingP
     return [found[rate] for rate in sorted(found)]
 
 
-def _curve(gauge: _Gauge, mhz: int, near: list[OperatingPoint], knee: float) -> list[OperatingPoint]:
+def _curve(gauge: Gauge, mhz: int, near: list[OperatingPoint], knee: float) -> list[OperatingPoint]:
     """The points of one clock that go into the profile: those below the knee, and the first two beyond it."""
     if knee == 0:
         return near[:1]
@@ -297,94 +350,61 @@ def _curve(gauge: _Gauge, mhz: int, near: list[OperatingPoint], knee: float) -> 
     return low + [point for point in near if point.rate_rps <= knee] + beyond[:2]
 
 
-# ------------------------------------------------------------------------------------------------- assembly
+def under_caps(gauge: Gauge, full_mhz: int, knee_rps: float) -> list[OperatingPoint]:
+    """Points under power caps at shares of the largest load at full clock, from the highest cap downwards, each load
+    until the SLO breaks: lower caps break it too, and so do heavier loads under the same cap."""
+    settings, found = gauge.plan.settings, []
+    lowest_w = 0.0
+    for share in sorted(settings.cap_shares):
+        for cap_w in sorted(gauge.plan.caps_w, reverse=True):
+            if cap_w < lowest_w:
+                break
+            found.append(point := gauge(full_mhz, share * knee_rps, settings.curve_requests, cap_w))
+            if gauge.clearly_out(point):
+                lowest_w = cap_w  # at heavier loads it is looked at once more, and no cap below it
+                break
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class ProfileIdentity:
-    """What the points belong to."""
+def repeated(gauge: Gauge, points: list[OperatingPoint]) -> list[OperatingPoint]:
+    """The points as means over the plan's repeats. Each pass goes over all of them before the next begins, so that a
+    drift of the machine shows as spread and not as a difference between clocks."""
+    passes = [points]
+    for repeat in range(1, gauge.plan.settings.repeats):
+        passes.append(
+            [gauge(p.mhz, p.rate_rps, gauge.asked[p.mhz, p.rate_rps, p.cap_w], p.cap_w, repeat) for p in points]
+        )
+    return points if len(passes) == 1 else [mean_of(each) for each in zip(*passes, strict=True)]
 
-    model: str
-    gpu: str
-    engine: str
-    provenance: str
 
-
-def build_profile(
-    backend: MeasureBackend,
-    plan: SweepPlan,
-    identity: ProfileIdentity,
-    points: Iterable[OperatingPoint],
-    samples: Mapping[str, Sequence[Tokens]],
-    starts: Mapping[int, StartCost],
-) -> Profile:
-    """The profile of a finished sweep. `samples` are the requests that each group was measured with."""
-    full, widest = plan.clocks_mhz[-1], max(plan.tps)
-    every = [tokens for group in plan.groups for tokens in samples[group.name]]
-    mean = (sum(i for i, _ in every) / len(every), sum(o for _, o in every) / len(every))
-    return Profile(
-        model=identity.model,
-        gpu=identity.gpu,
-        engine=identity.engine,
-        scheme=plan.scheme,
-        slo=plan.slo,
-        groups=plan.groups,
-        tps=plan.tps,
-        clocks_mhz=plan.clocks_mhz,
-        points=tuple(sorted(set_of(points), key=lambda p: (p.group, p.tp, p.mhz, p.rate_rps))),
-        idle=tuple(
-            IdlePoint(tp, mhz, backend.idle_w(tp, mhz))
-            for tp in plan.tps
-            for mhz in sorted({plan.standby_mhz, *plan.clocks_mhz})
-        ),
-        parked_w=backend.parked_w(),
-        mixes={group.name: class_mix(samples[group.name], plan.scheme) for group in plan.groups},
-        work=TokenWork(
-            backend.saturated_s_per_token(Phase.PREFILL, widest, full, mean),
-            backend.saturated_s_per_token(Phase.DECODE, widest, full, mean),
-        ),
-        starts=dict(starts),
-        provenance=identity.provenance,
+def mean_of(points: Sequence[OperatingPoint]) -> OperatingPoint:
+    """One load measured several times: means, and how far the power and the attainment scatter. Its latencies are
+    those of the worse half: the gate is on tails, and a mean would hide one bad run in two."""
+    first = points[0]
+    buckets = [b for b in first.ttft_p99_ms if all(b in p.ttft_p99_ms for p in points)]
+    return replace(
+        first,
+        power_w=fmean(p.power_w for p in points),
+        attainment=fmean(p.attainment for p in points),
+        attainment_worst=fmean(p.attainment_worst for p in points),
+        ttft_p50_ms={b: median_high(p.ttft_p50_ms[b] for p in points) for b in buckets},
+        ttft_p99_ms={b: median_high(p.ttft_p99_ms[b] for p in points) for b in buckets},
+        tbt_p99_ms=median_high(p.tbt_p99_ms for p in points),
+        gap_p99_ms=median_high(p.gap_p99_ms for p in points),
+        running_mean=fmean(p.running_mean for p in points),
+        running_p99=median_high(p.running_p99 for p in points),
+        requests=sum(p.requests for p in points),
+        repeats=len(points),
+        power_sd_w=stdev(p.power_w for p in points),
+        attainment_sd=stdev(p.attainment_worst for p in points),
     )
 
 
 def set_of(points: Iterable[OperatingPoint]) -> list[OperatingPoint]:
     """Points without repeats of one load: of two, that with more requests."""
-    best: dict[tuple[str, int, int, float], OperatingPoint] = {}
+    best: dict[tuple[str, int, int, float, float | None], OperatingPoint] = {}
     for point in points:
-        key = point.group, point.tp, point.mhz, point.rate_rps
+        key = point.group, point.tp, point.mhz, point.rate_rps, point.cap_w
         if key not in best or best[key].requests < point.requests:
             best[key] = point
     return list(best.values())
-
-
-def class_mix(samples: Sequence[Tokens], scheme: ClassScheme) -> dict[RequestClass, ClassMix]:
-    """Shares and mean tokens of the classes in a sample."""
-    by_class: dict[RequestClass, list[Tokens]] = defaultdict(list)
-    for tokens in samples:
-        by_class[scheme.classify(*tokens)].append(tokens)
-    return {
-        request_class: ClassMix(
-            share=len(mine) / len(samples),
-            input_tokens=sum(i for i, _ in mine) / len(mine),
-            output_tokens=sum(o for _, o in mine) / len(mine),
-        )
-        for request_class, mine in sorted(by_class.items())
-    }
-
-
-def samples_by_group(
-    samples: Sequence[Tokens], groups: Iterable[ClassGroup], scheme: ClassScheme
-) -> dict[str, tuple[Tokens, ...]]:
-    """The part of a sample that belongs to each group; in the sample's order."""
-    return {
-        group.name: tuple(tokens for tokens in samples if scheme.classify(*tokens) in group.classes) for group in groups
-    }
-
-
-def rarest_share(samples: Mapping[str, Sequence[Tokens]], scheme: ClassScheme) -> dict[str, float]:
-    """Share of the rarest input bucket in each group's sample."""
-    return {
-        group: min(Counter(scheme.input_bucket(i) for i, _ in mine).values()) / len(mine)
-        for group, mine in samples.items()
-    }

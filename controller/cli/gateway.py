@@ -44,6 +44,7 @@ def run(config: ConfigOption = None, listen: ListenOption = None, controller: Co
 
     settings = _load(config, listen, controller)
     check_files(settings.controller_tls, "controller_tls")
+    settings.picker.tls.check()
     configure_logs(PART, settings.log.form, settings.log.level)
     uvloop.run(serve(settings, bind(settings.listen)))
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from common.errors import UserError, exit_on_user_error
+from controller.cli import budget as budget_commands
+from controller.cli import choice as choice_commands
 from controller.cli import node as node_commands
 from controller.cli import predictor as predictor_commands
+from controller.cli import profile as profile_commands
 from controller.cli.operate import mode, plan, pool_list
 from controller.cli.replay import replay
 from controller.cli.savings import savings
@@ -41,6 +42,7 @@ from dynamollm.v1 import types_pb2 as types
 PROGRAM = "dynamollm"
 
 app = typer.Typer(name=PROGRAM, help="Operate a DynamoLLM fleet.", no_args_is_help=True)
+choice = typer.Typer(help="Why single requests went where they did: the gateways' sample.", no_args_is_help=True)
 db = typer.Typer(help="The history database.", no_args_is_help=True)
 decision = typer.Typer(help="What was decided, and why.", no_args_is_help=True)
 node = typer.Typer(help="GPU hosts.", no_args_is_help=True)
@@ -48,6 +50,8 @@ pool = typer.Typer(help="Pools of instances.", no_args_is_help=True)
 predictor = typer.Typer(help="What guesses how long answers will be.", no_args_is_help=True)
 profile = typer.Typer(help="Energy-performance profiles.", no_args_is_help=True)
 GROUPS = (
+    ("choice", choice),
+    ("budget", budget_commands.app),
     ("db", db),
     ("decision", decision),
     ("node", node),
@@ -60,8 +64,10 @@ for name, group in GROUPS:
 for command in (simulate, top, mode, plan, replay, savings):
     app.command()(command)
 pool.command("list")(pool_list)
+choice_commands.mount(choice)
 node_commands.mount(node)
 predictor_commands.mount(predictor)
+profile_commands.mount(app, profile)
 
 
 # -------------------------------------------------------------------------------------------------- controller
@@ -91,6 +97,8 @@ def status(controller: ControllerOption = DEFAULT_CONTROLLER, as_json: JsonOptio
     for level in Level:
         if level.value in answer.last_sentences:
             console.print(f"{level.value}: {answer.last_sentences[level.value]}")
+    if "profile" in answer.last_sentences:
+        console.print(f"profile: {answer.last_sentences['profile']}", style="yellow", highlight=False, soft_wrap=True)
 
 
 @node.command("list")
@@ -227,75 +235,6 @@ def prune(
     table = Table("table", "rows gone", "rows left", "oldest (UTC)")
     for name, (rows, oldest) in left.items():
         table.add_row(name, str(gone.get(name, 0)), str(rows), oldest or "")
-    console.print(table)
-
-
-# ---------------------------------------------------------------------------------------------------- profiles
-
-
-@app.command()
-def calibrate(
-    out: Annotated[Path, typer.Option("--out", help="File to write the profile to.")],
-    physics: Annotated[str, typer.Option(help="The twin's physics: [FILE:]VARIANT[+legacy].")] = "base",
-    mix: Annotated[str, typer.Option(help="Tokens of the load: conv, code, or a trace file.")] = "conv",
-    model: Annotated[str, typer.Option(help="Name under which the engines serve the model.")] = "llama-70b",
-    start_s: Annotated[float, typer.Option(min=0.1, help="Seconds that a start of an instance takes.")] = 60.0,
-    cache: Annotated[Path, typer.Option(help="Folder of measured points; a second run reads them.")] = Path(".cache"),
-) -> None:
-    """Measures a profile on the digital twin: tensor parallelism x clock x load, finer where the SLO breaks."""
-    from controller.calibrate.sweep import Progress as Measured
-    from simulator.calibration import calibrate_twin
-    from simulator.physics import Physics
-    from simulator.traces import KINDS, read_azure
-
-    kind = next((kind for kind in KINDS if kind == mix), None)
-    if kind is None and not Path(mix).is_file():
-        raise UserError(f"--mix {mix}: no such trace file.", f"Name a file, {' or '.join(KINDS)}.")
-    if not out.absolute().parent.is_dir():  # said before minutes of measuring
-        raise UserError(f"--out {out}: there is no folder {out.absolute().parent}.", "Make it, or name another file.")
-    source = kind or read_azure(Path(mix))
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("measuring", total=None)
-
-        def show(state: Measured) -> None:
-            bar.update(task, completed=state.done, total=state.total, description=state.sentence)
-
-        measured = calibrate_twin(Physics.from_text(physics), cache, show, model=model, source=source, start_s=start_s)
-    out.write_text(measured.to_json(), encoding="utf-8")
-    typer.echo(f"{out}: {len(measured.points)} points, checksum {measured.checksum()[:12]}")
-
-
-@profile.command("show")
-def profile_show(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)], as_json: JsonOption = False
-) -> None:
-    """What a profile says: largest load in SLO and power there, by group, TP and clock."""
-    from controller.daemon import read_profile
-    from controller.profile.fit import fit
-
-    measured = read_profile(file)
-    curves = sorted(fit(measured).curves.items())
-    if as_json:
-        rows = [
-            {
-                "group": group,
-                "tp": tp,
-                "mhz": mhz,
-                "max_rate_rps": curve.max_rate_rps,
-                "power_w": curve.power_w(curve.max_rate_rps),
-            }
-            for (group, tp, mhz), curve in curves
-        ]
-        typer.echo(json.dumps({"checksum": measured.checksum(), "model": measured.model, "curves": rows}, indent=2))
-        return
-    table = Table(
-        "group", "TP", "MHz", "largest load in SLO, req/s", "W there", title=f"{measured.model}, {measured.gpu}"
-    )
-    for (group, tp, mhz), curve in curves:
-        watts = curve.power_w(curve.max_rate_rps) if curve.max_rate_rps else None
-        load = f"{curve.max_rate_rps:.2f}" if curve.max_rate_rps else "misses the SLO"
-        table.add_row(group, str(tp), str(mhz), load, "" if watts is None else f"{watts:.0f}")
     console.print(table)
 
 

@@ -97,6 +97,14 @@ def pool_list(controller: ControllerOption = DEFAULT_CONTROLLER, as_json: JsonOp
     console.print(pools_table(answer))
 
 
+def _queue(pool: pb.PoolStatus) -> str:
+    """What waits, and how far up its emergency ladder the pool is."""
+    if not pool.emergency:
+        return str(pool.queued)
+    stage = pb.EmergencyStage.Name(pool.emergency).removeprefix("EMERGENCY_STAGE_")
+    return f"{pool.queued} ({stage.lower().replace('_', ' ')})"
+
+
 def pools_table(answer: pb.GetStatusResponse) -> Table:
     table = Table("pool", "mode", "classes", "req/s", "planned", "carries", "queued", "GPUs", "W", "in SLO")
     for pool in answer.pools:
@@ -108,7 +116,7 @@ def pools_table(answer: pb.GetStatusResponse) -> Table:
             f"{pool.request_rate:.2f}",
             f"{pool.planned_rate:.2f}",
             f"{pool.capacity_rate:.2f}",
-            str(pool.queued),
+            _queue(pool),
             f"{used} of {pool.granted_gpus}",
             f"{pool.power_w:.0f}" if pool.HasField("power_w") else "unknown",
             f"{pool.slo_attainment:.1%}" if pool.HasField("slo_attainment") else "",

@@ -1,15 +1,19 @@
-"""`dynamollm savings`: energy, cost and carbon saved per day and pool, with its uncertainty."""
+"""`dynamollm savings`: energy, cost and carbon saved per day and pool, with its uncertainty; and, with --ab, the proof
+of it on the running fleet (controller/trial.py)."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from controller.cli.shared import DEFAULT_URL, JsonOption, UrlOption, console, moment
+from common.errors import UserError
+from controller.cli.shared import DEFAULT_URL, JsonOption, UrlOption, console, moment, who_asks
 from controller.store.records import SavingRow
 
 
@@ -19,11 +23,24 @@ def savings(
     price: Annotated[str, typer.Option("--price-per-kwh", help="USD, or a CSV of time,value.")] = "0.12",
     carbon: Annotated[str, typer.Option("--carbon-g-per-kwh", help="Grams of CO2, or a CSV of time,value.")] = "450",
     save: Annotated[bool, typer.Option(help="Keep the result in the history (v_savings_by_day).")] = True,
+    ab: Annotated[
+        bool, typer.Option("--ab", help="Windows with and without the controller in turn, on the running fleet.")
+    ] = False,
+    lasts: Annotated[str, typer.Option("--for", help="With --ab: begin such a trial, for 6h, 2d. Else: show it.")] = "",
+    window: Annotated[str, typer.Option("--window", help="With --for: length of one window.")] = "15m",
+    settle: Annotated[str, typer.Option("--settle", help="With --for: what of each window does not count.")] = "2m",
+    seed: Annotated[int, typer.Option("--seed", help="With --for: draws the order within each pair of windows.")] = 1,
+    stop: Annotated[bool, typer.Option("--stop", help="With --ab: end the trial now.")] = False,
     url: UrlOption = DEFAULT_URL,
     as_json: JsonOption = False,
 ) -> None:
     """What was saved against other ways to run the same fleet on the same load; measured energy on one side, the
-    profile's on the other, corrected by how it erred on what ran."""
+    profile's on the other, corrected by how it erred on what ran. With --ab: measured on both sides."""
+    if ab:
+        _trial(url, lasts, window, settle, seed, stop, as_json)
+        return
+    if lasts or stop:
+        raise UserError("--for and --stop belong to --ab.", "Add --ab.")
     from controller.savings import read_course
     from controller.savings import savings as computed
     from controller.store.engine import open_engine
@@ -60,6 +77,64 @@ def savings(
     console.print(table)
     if any(row.against_low_j <= row.energy_j for row in rows if not row.pool):
         console.print("Where the interval reaches zero, no saving was found.")
+
+
+def _trial(url: str, lasts: str, window: str, settle: str, seed: int, stop: bool, as_json: bool) -> None:
+    from controller.loop.orders import CLUSTER_SCOPE
+    from controller.store.engine import open_engine
+    from controller.store.migrate import require_current
+    from controller.store.records import OrderKind, OrderRecord
+    from controller.store.repositories import write_records
+    from controller.trial import Trial, overruled, plan
+    from controller.trial_result import mode_orders, result
+    from controller.trials import last_trial
+
+    now_s = time.time()
+    engine = open_engine(url)
+    require_current(engine)
+    running = last_trial(engine)
+    if lasts and stop:
+        raise UserError("--for begins a trial and --stop ends one.", "Give one of them.")
+
+    def order(trial: Trial | None) -> None:
+        # Not made under any term: nobody leads by it, and whoever leads carries it out.
+        value, until_s = ("", None) if trial is None else (trial.to_json(), trial.ends_s)
+        number = round(now_s * 1e3)
+        write_records(
+            engine,
+            [OrderRecord(0, number, now_s, OrderKind.TRIAL, CLUSTER_SCOPE, value, who_asks(), "savings --ab", until_s)],
+        )
+
+    if lasts:
+        if running is not None and now_s < running.ends_s:
+            raise UserError("a trial is running.", "See it with `dynamollm savings --ab`, end it with --stop.")
+        running = plan(now_s, _seconds(lasts), _seconds(window), _seconds(settle), seed)
+        order(running)
+    if running is None:
+        raise UserError("there is no trial.", "Begin one: `dynamollm savings --ab --for 6h`.")
+    found = result(engine, running, now_s)
+    if stop:
+        order(None)
+    orders = mode_orders(engine)
+    over = stop or now_s >= running.ends_s or overruled(running, orders[-1] if orders else None)
+    if as_json:
+        shown = {**asdict(running), **asdict(found), "found": found.found, "over": over, "said": found.sentence}
+        typer.echo(json.dumps(shown, indent=2))
+        return
+    begins, ends = (
+        datetime.fromtimestamp(t, tz=UTC).strftime("%Y-%m-%d %H:%M") for t in (running.begins_s, running.ends_s)
+    )
+    length = f"{running.pairs} pairs of windows of {running.window_s / 60:g} minutes"
+    console.print(f"{length}, {begins} to {ends} UTC, {'over' if over else 'running'}.", highlight=False)
+    if found.left_out:
+        console.print(f"{found.left_out} pairs are left out: not kept, or not measured whole.", highlight=False)
+    console.print(found.sentence, highlight=False)
+
+
+def _seconds(text: str) -> float:
+    if text[-1:] not in tuple("smhd"):
+        raise UserError(f"{text!r} is no span of time.", "Write 15m, 6h or 2d.")
+    return -moment(text, 0.0)
 
 
 def _plain(row: SavingRow) -> dict[str, float | str]:

@@ -27,7 +27,9 @@ def simulate(
     seeds: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 1,
     bound: Annotated[bool, typer.Option(help="Compute the clairvoyant bound.")] = True,
-    physics: Annotated[str, typer.Option(help="The twin's physics: [FILE:]VARIANT[+legacy]." + _SEVERAL)] = "base",
+    physics: Annotated[
+        str, typer.Option(help="The twin's physics: [FILE:]VARIANT[+legacy][+prefill-first], or a grid." + _SEVERAL)
+    ] = "base",
     mismatch: Annotated[
         str, typer.Option(help="Share by which the GPUs are slower and hungrier than profiled." + _SEVERAL)
     ] = "0",
@@ -38,6 +40,7 @@ def simulate(
     predictor_accuracy: Annotated[
         str, typer.Option(help="Give routing a predictor that knows this share of output buckets." + _SEVERAL)
     ] = "none",
+    crashes_per_day: Annotated[str, typer.Option(help="Crashes of instances at random, fleet-wide." + _SEVERAL)] = "0",
     columns: Annotated[
         str | None,
         typer.Option(
@@ -77,6 +80,7 @@ def simulate(
         "predictor_accuracy": _several(
             "--predictor-accuracy", predictor_accuracy, lambda text: None if text == "none" else float(text)
         ),
+        "crashes_per_day": _several("--crashes-per-day", crashes_per_day, float),
     }
     options = {
         "--trace": trace,
@@ -90,6 +94,7 @@ def simulate(
         "--start-s": start_s,
         "--pools": pools,
         "--predictor-accuracy": predictor_accuracy,
+        "--crashes-per-day": crashes_per_day,
         "--carbon-g-per-kwh": carbon,
         "--price-per-kwh": price,
         **({"--columns": columns} if columns else {}),

@@ -88,9 +88,11 @@ def _nodes(status: pb.GetStatusResponse) -> Text:
     told = ", ".join(
         f"{node.node_id} {pb.Freshness.Name(node.freshness).removeprefix('FRESHNESS_').lower()}" for node in late
     )
-    return Text(f"{len(status.nodes)} nodes{f': {told}' if told else ', all fresh'}", style="red" if late else "")
+    trouble = any(node.freshness != pb.FRESHNESS_OFF for node in late)
+    return Text(f"{len(status.nodes)} nodes{f': {told}' if told else ', all fresh'}", style="red" if trouble else "")
 
 
 def _said(status: pb.GetStatusResponse) -> Text:
-    lines = [f"{level}: {status.last_sentences[level]}" for level in map(str, Level) if level in status.last_sentences]
+    said = (*map(str, Level), "profile")
+    lines = [f"{level}: {status.last_sentences[level]}" for level in said if level in status.last_sentences]
     return Text("\n".join(lines))

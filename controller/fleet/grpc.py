@@ -7,6 +7,7 @@ A lost agent is retried for ever with back-off; meanwhile its observations simpl
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,10 @@ import grpc
 import stamina
 
 from common.clock import Clock
-from common.errors import UserError
 from common.logs import get_logger
-from common.tls import ClientTls, open_channel, stamps
+from common.tls import ClientTls, Renewing
 from controller.fleet.port import (
+    ApplyCaps,
     ApplyClocks,
     DrainInstance,
     EffectDone,
@@ -29,6 +30,7 @@ from controller.fleet.port import (
     NodeEffect,
     NodeObservation,
     NodeSeen,
+    ReleaseCaps,
     ReleaseClocks,
     StartInstance,
     StopInstance,
@@ -69,40 +71,20 @@ class AgentClient:
         self._term = term
         self._interval_s = interval_s
         self._deadline_s = deadline_s
-        self._tls = tls if tls is not None and tls.on and not address.startswith("unix:") else None
-        self._tls_name = tls_name
-        self._open()
+        self._link = Renewing(rpc.NodeAgentStub, self.address, tls, tls_name, _CHANNEL_OPTIONS)
         self._instances: dict[str, types.Instance] = {}
         self._indices: dict[str, int] = {}
+        self._limits_w: dict[str, tuple[float, float]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._watch(loop)) for loop in (self._telemetry, self._watch_instances)]
 
-    def _open(self) -> None:
-        """A channel with the certificates as they are now."""
-        self._stamps = stamps(self._tls) if self._tls is not None else ()
-        self._channel = open_channel(self.address, self._tls, self._tls_name, _CHANNEL_OPTIONS)
-        self._stub = rpc.NodeAgentStub(self._channel)
-
-    async def _take_up_renewal(self) -> None:
-        """A connection that broke is made anew with a certificate that was renewed meanwhile."""
-        if self._tls is None or stamps(self._tls) in ((), self._stamps):
-            return
-        before = self._channel
-        try:
-            self._open()
-        except UserError as error:
-            _log.error("certificate_unreadable", node=self.node_id, detail=str(error))
-            return
-        _log.info("certificate_renewed", node=self.node_id)
-        await before.close(grace=self._deadline_s)
-
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._channel.close()
+        await self._link.close()
 
     async def _watch(self, loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs one stream for ever; every break is logged once and tried again."""
@@ -115,21 +97,25 @@ class AgentClient:
                 if not down:
                     _log.warning("agent_stream_lost", node=self.node_id, code=error.code().name, detail=error.details())
                 down = True
-            await self._take_up_renewal()
-            await asyncio.sleep(delay_s)
+            await self._link.renew(self._deadline_s)
+            # Not all of a large fleet at the same instant.
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.5))
             delay_s = min(2.0, delay_s * 1.5)
 
     async def _telemetry(self) -> None:
-        node = await self._stub.GetNode(pb.GetNodeRequest(), timeout=self._deadline_s)
+        node = await self._link.stub.GetNode(pb.GetNodeRequest(), timeout=self._deadline_s)
         self._indices = {gpu.uuid: gpu.index for gpu in node.gpus}
-        listed = await self._stub.ListInstances(pb.ListInstancesRequest(), timeout=self._deadline_s)
+        self._limits_w = {
+            gpu.uuid: (gpu.min_power_limit_w, gpu.max_power_limit_w) for gpu in node.gpus if gpu.max_power_limit_w > 0
+        }
+        listed = await self._link.stub.ListInstances(pb.ListInstancesRequest(), timeout=self._deadline_s)
         self._instances = {instance.spec.instance_id: instance for instance in listed.instances}
-        async for sample in self._stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=self._interval_s)):
+        async for sample in self._link.stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=self._interval_s)):
             self._sink(NodeSeen(self._observe(sample)))
 
     async def _watch_instances(self) -> None:
         first = True
-        async for update in self._stub.WatchInstances(pb.WatchInstancesRequest()):
+        async for update in self._link.stub.WatchInstances(pb.WatchInstancesRequest()):
             if first:
                 self._instances = {}
                 first = False
@@ -140,7 +126,10 @@ class AgentClient:
         observation = NodeObservation(
             node_id=self.node_id,
             observed_at_s=self._clock.monotonic_s(),
-            gpus=tuple(_gpu(gpu, self._indices.get(gpu.uuid, 0), sample.draining) for gpu in sample.gpus),
+            gpus=tuple(
+                _gpu(gpu, self._indices.get(gpu.uuid, 0), sample.draining, self._limits_w.get(gpu.uuid))
+                for gpu in sample.gpus
+            ),
             instances=tuple(
                 _instance(instance, live.get(instance.spec.instance_id)) for instance in self._instances.values()
             ),
@@ -176,18 +165,32 @@ class AgentClient:
                     for target in effect.targets
                     for uuid in target.gpu_uuids
                 ]
-                applied = await self._stub.ApplyControls(
+                applied = await self._link.stub.ApplyControls(
                     pb.ApplyControlsRequest(request_id=request_id, lease=lease, controls=controls), timeout=timeout
                 )
                 return _complaints(applied.results)
-            case ReleaseClocks():
-                released = await self._stub.ReleaseControls(
+            case ApplyCaps():
+                lease = types.Lease(owner=self._owner, reason=effect.reason, ttl_s=effect.ttl_s, term=self._term)
+                controls = [
+                    pb.ControlRequest(
+                        gpu_uuid=uuid, power_limit=pb.PowerLimit(limit_w=target.watts, protects=effect.protects)
+                    )
+                    for target in effect.targets
+                    for uuid in target.gpu_uuids
+                ]
+                applied = await self._link.stub.ApplyControls(
+                    pb.ApplyControlsRequest(request_id=request_id, lease=lease, controls=controls), timeout=timeout
+                )
+                return _complaints(applied.results)
+            case ReleaseClocks() | ReleaseCaps():
+                released = await self._link.stub.ReleaseControls(
                     pb.ReleaseControlsRequest(
                         request_id=request_id,
                         owner=self._owner,
                         term=self._term,
                         gpu_uuids=effect.gpu_uuids,
                         reason=effect.reason,
+                        kinds=_CAPS if isinstance(effect, ReleaseCaps) else _CLOCKS,
                     ),
                     timeout=timeout,
                 )
@@ -199,12 +202,12 @@ class AgentClient:
                     gpu_uuids=effect.gpu_uuids,
                     labels={"pool": effect.pool},
                 )
-                await self._stub.StartInstance(
+                await self._link.stub.StartInstance(
                     pb.StartInstanceRequest(request_id=request_id, term=self._term, spec=spec, reason=effect.reason),
                     timeout=timeout,
                 )
             case DrainInstance():
-                await self._stub.DrainInstance(
+                await self._link.stub.DrainInstance(
                     pb.DrainInstanceRequest(
                         request_id=request_id,
                         term=self._term,
@@ -214,7 +217,7 @@ class AgentClient:
                     timeout=timeout,
                 )
             case StopInstance():
-                await self._stub.StopInstance(
+                await self._link.stub.StopInstance(
                     pb.StopInstanceRequest(
                         request_id=request_id,
                         term=self._term,
@@ -226,6 +229,11 @@ class AgentClient:
         return ""
 
 
+# A clock that is let go must not take the cap of a budget with it, nor the other way round.
+_CLOCKS = (pb.CONTROL_KIND_CLOCK_LOCK, pb.CONTROL_KIND_MEMORY_CLOCK_LOCK)
+_CAPS = (pb.CONTROL_KIND_POWER_LIMIT,)
+
+
 def _transient(error: Exception) -> bool:
     return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
 
@@ -235,7 +243,7 @@ def _complaints(results: Any) -> str:
     return "; ".join(f"{result.gpu_uuid}: {pb.ControlCode.Name(result.code)} {result.detail}".strip() for result in bad)
 
 
-def _gpu(gpu: pb.GpuSample, index: int, draining: bool) -> GpuObservation:
+def _gpu(gpu: pb.GpuSample, index: int, draining: bool, limits_w: tuple[float, float] | None) -> GpuObservation:
     """GPUs of a node that is out of service are as good as ill: nothing is placed on them."""
     return GpuObservation(
         uuid=gpu.uuid,
@@ -245,6 +253,8 @@ def _gpu(gpu: pb.GpuSample, index: int, draining: bool) -> GpuObservation:
         energy_j=gpu.energy_j if gpu.HasField("energy_j") else None,
         sm_mhz=gpu.sm_mhz if gpu.HasField("sm_mhz") else None,
         locked_mhz=gpu.locked_mhz if gpu.HasField("locked_mhz") else None,
+        limit_w=round(gpu.power_limit_w, 1) if gpu.HasField("power_limit_w") else None,
+        limits_w=limits_w,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from controller.domain.classes import ClassScheme, RequestClass
-from controller.domain.reasons import Level
+from controller.domain.reasons import Level, Stage
 from controller.policy.milp.problem import PlanProblem, PlanSolution
 
 # --------------------------------------------------------------------------------------------- observations
@@ -47,6 +47,8 @@ class GpuObservation:
     energy_j: float | None
     sm_mhz: int | None
     locked_mhz: int | None
+    limit_w: float | None = None  # its power limit, as it is set now
+    limits_w: tuple[float, float] | None = None  # the range that it may be set in
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,14 @@ class ClassCounters:
 
 @dataclass(frozen=True, slots=True)
 class QueueObservation:
+    """One pool's queue at a gateway. `refused` is cumulative since the gateway's start, by reason."""
+
     waiting: int
     in_flight: int
     oldest_wait_s: float
+    # Waiting with half of the time to their deadline gone, or at an instance, past it and still without a first token.
+    at_risk: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +145,45 @@ class ReleaseClocks:
 
 
 @dataclass(frozen=True, slots=True)
+class CapTarget:
+    gpu_uuids: tuple[str, ...]
+    watts: float  # of each of them
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyCaps:
+    """Caps the power of GPUs of one node. A cap that `protects` guards a budget: it stays until it is changed or
+    released, also when the controller or the agent is gone. Any other only saves power, and ends with its lease."""
+
+    effect_id: str
+    node_id: str
+    targets: tuple[CapTarget, ...]
+    ttl_s: float
+    reason: str
+    protects: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseCaps:
+    """Takes such caps away: the limits found before them come back. Clock locks stay."""
+
+    effect_id: str
+    node_id: str
+    gpu_uuids: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PowerNode:
+    """Turns a whole node on or off. Done when whoever does it has been told; a node that comes on then reports."""
+
+    effect_id: str
+    node_id: str
+    on: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StartInstance:
     effect_id: str
     node_id: str
@@ -174,6 +220,26 @@ class RoutedInstance:
     max_in_flight: int
     weight: float
     accepts_new: bool
+    # Joules of one request more, holding 0, 1/n … n/n of `max_in_flight` (policy/routing/table.py); empty: not known.
+    marginal_j: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOrder:
+    """What gateways do with the requests that wait for a pool while deadlines are at risk (policy/emergency.py).
+
+    It holds for `ttl_s` from when it is heard, unless it is given again: a gateway without its controller goes back to
+    what it does by itself.
+    """
+
+    stage: Stage
+    ttl_s: float
+    first_token_s: tuple[float, float, float]  # to expect once an instance has the request, by input bucket
+    retry_after_s: float  # told to who is refused
+    limits: Mapping[str, int] = field(default_factory=dict)  # of instances whose engine queues, below their own
+    # By instance: prompt tokens without a first answer at which it gets nothing more. What it cannot read in time waits
+    # where it can be put in order, moved and refused.
+    prompt_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +248,7 @@ class RoutedPool:
     model: str
     classes: frozenset[RequestClass]
     instances: tuple[RoutedInstance, ...]
+    order: PoolOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +275,9 @@ class Solve:
     problem: PlanProblem
 
 
-NodeEffect = ApplyClocks | ReleaseClocks | StartInstance | DrainInstance | StopInstance
+NodeEffect = (
+    ApplyClocks | ReleaseClocks | ApplyCaps | ReleaseCaps | PowerNode | StartInstance | DrainInstance | StopInstance
+)
 FleetEffect = NodeEffect | PublishRouting
 Effect = FleetEffect | Solve
 

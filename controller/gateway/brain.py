@@ -17,9 +17,11 @@ from typing import Any
 
 from common.clock import Clock
 from controller.domain.classes import Bucket, RequestClass
+from controller.domain.reasons import Stage
 from controller.domain.slo import Slo
-from controller.fleet.port import QueueObservation, RoutedInstance, RoutedPool, RoutingTable
+from controller.fleet.port import PoolOrder, QueueObservation, RoutedInstance, RoutingTable
 from controller.gateway.asked import Asked
+from controller.gateway.choices import Choices
 from controller.gateway.classify import Classified, Classifier
 from controller.gateway.client import InstanceNow
 from controller.gateway.dispatcher import Dispatcher, QueuedRequest
@@ -27,7 +29,7 @@ from controller.gateway.energy import EnergyShares
 from controller.gateway.foreign import ForeignLoad
 from controller.gateway.load import LoadMeter
 from controller.gateway.tokens import CachedShare, TokenCounter
-from controller.policy.routing import pick, pools_for
+from controller.policy.routing import Decided, Weights
 from controller.predictor.port import Features
 
 
@@ -39,11 +41,14 @@ class Outcome(StrEnum):
     FAILED = "failed"  # engines failed, before or within the answer
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"
+    TOO_LATE = "too_late"  # its deadline has passed, and the emergency ladder says to refuse
     CLIENT_LEFT = "client_left"
     FORGOTTEN = "forgotten"  # whoever carried it has gone without a word
 
 
-MISSED = frozenset({Outcome.FAILED, Outcome.QUEUE_FULL, Outcome.QUEUE_TIMEOUT, Outcome.FORGOTTEN})
+# Refused by us. Each is a miss of the SLO, and load reports tell how many there were.
+REFUSED = frozenset({Outcome.QUEUE_FULL, Outcome.QUEUE_TIMEOUT, Outcome.TOO_LATE})
+MISSED = REFUSED | {Outcome.FAILED, Outcome.FORGOTTEN}
 
 
 @dataclass(slots=True)
@@ -76,11 +81,15 @@ class Brain:
         classifier: Classifier,
         counter: TokenCounter,
         overcommit: float = 1.0,
+        choices: Choices | None = None,
     ) -> None:
         """`overcommit`: multiple of an instance's limit up to which `choose` sends requests that may not wait here."""
-        self.dispatcher = Dispatcher(max_waiting)
+        self.choices = choices or Choices(clock, Weights(), 0, 0)
+        self.dispatcher = Dispatcher(max_waiting, weights=self.choices.weights)
         # What is sent beyond the instances' limits, accounted for by itself: it waits inside the engines.
-        self.overflow = Dispatcher(max_waiting)
+        self.overflow = Dispatcher(max_waiting, weights=self.choices.weights)
+        self.choices.follow(self.dispatcher)
+        self.choices.follow(self.overflow, beyond=True)
         self._overcommit = overcommit
         self.meter = LoadMeter(slo)
         self.outcomes: Counter[tuple[Outcome, str]] = Counter()  # by outcome and routing class
@@ -99,16 +108,20 @@ class Brain:
         self._others: dict[str, int] = {}  # requests of others at each instance
         self._table: RoutingTable | None = None  # as published
         self._takers: dict[str, Callable[[RoutedInstance], None]] = {}
+        self._refusers: dict[str, Callable[[PoolOrder], None]] = {}
 
     def update_routing(self, table: RoutingTable) -> None:
         if table.scheme != self._classifier.scheme:
             self._classifier.use_scheme(table.scheme)
         self._table = table
+        self.dispatcher.obey(table.pools, self.clock.monotonic_s())
         self._apply()
 
     def status(self, instances: Sequence[InstanceNow], now_s: float) -> None:
         """What the controller knows of the instances: power for the joules, and whose requests they hold."""
         self.energy.powers({each.instance_id: each.power_w for each in instances if each.power_w is not None}, now_s)
+        kv_use = {each.instance_id: each.kv_use for each in instances if each.kv_use is not None}
+        self.dispatcher.kv_use = self.overflow.kv_use = kv_use
         others = self._foreign.seen(
             {each.instance_id: each.requests for each in instances if each.requests is not None}
         )
@@ -149,28 +162,59 @@ class Brain:
             request_class=classified.routing,
             deadline_s=arrived_s + self._slo.ttft_ms(classified.routing.input) / 1e3,
             prompt_tokens=input_tokens,
+            prefix=self.choices.prefix(asked),
+            tells_first=asked.stream,
         )
         return Ticket(asked, request, features, classified, counted, arrived_s)
 
-    def wait(self, ticket: Ticket, take: Callable[[RoutedInstance], None]) -> bool:
-        """Queues a request; `take` is called once, now or later, with the instance it may go to. False: queue full."""
+    def wait(
+        self,
+        ticket: Ticket,
+        take: Callable[[RoutedInstance], None],
+        refuse: Callable[[PoolOrder], None] | None = None,
+    ) -> bool:
+        """Queues a request; `take` is called once, now or later, with the instance it may go to, or `refuse` with the
+        order by which it gets none. False: queue full."""
         if not self.dispatcher.offer(ticket.request, ticket.arrived_s):
             return False
-        self.wait_on(ticket, take)
+        self.wait_on(ticket, take, refuse)
         return True
 
-    def wait_on(self, ticket: Ticket, take: Callable[[RoutedInstance], None]) -> None:
+    def wait_on(
+        self,
+        ticket: Ticket,
+        take: Callable[[RoutedInstance], None],
+        refuse: Callable[[PoolOrder], None] | None = None,
+    ) -> None:
         """`wait`, for a request that is queued again after an instance failed it."""
         self._takers[ticket.id] = take
+        if refuse is not None:
+            self._refusers[ticket.id] = refuse
         self.pump()
+
+    def due_ms(self, ticket: Ticket) -> int | None:
+        """When the request's first token is due, on the wall clock, while an order stands for its pool: a priority
+        that all gateways and engines understand alike. None without an order."""
+        now_s = self.clock.monotonic_s()
+        if self.dispatcher.order_for(ticket.request, now_s) is None:
+            return None
+        return round(1e3 * (self.clock.wall_s() + ticket.request.deadline_s - now_s))
+
+    def refusing(self, ticket: Ticket) -> PoolOrder | None:
+        """The order to refuse what will be late for the request's pool, while one stands."""
+        order = self.dispatcher.order_for(ticket.request, self.clock.monotonic_s())
+        return order if order is not None and order.stage is Stage.REFUSE else None
 
     def choose(self, ticket: Ticket) -> RoutedInstance | None:
         """An instance at once, beyond the limits if need be; None when all are full beyond measure."""
         given: list[RoutedInstance] = []
+        # Nobody waits for what an engine has, and whether its answer is shown to us is Envoy's configuration.
+        ticket.request = replace(ticket.request, tells_first=False)
         if self.wait(ticket, given.append) and not given:
             self._takers.pop(ticket.id, None)
             self.dispatcher.cancel(ticket.id)
-        if not given and self._overcommit > 1:
+        # What is sent beyond the limits waits inside an engine, where nobody can refuse it any more.
+        if not given and self._overcommit > 1 and self.refusing(ticket) is None:
             now_s = self.clock.monotonic_s()
             if self.overflow.offer(ticket.request, now_s):
                 given = [instance for _, instance in self.overflow.dispatch(now_s)]
@@ -180,8 +224,14 @@ class Brain:
 
     def pump(self) -> None:
         """Gives waiting requests to instances with room; to be called whenever either may have changed."""
-        for request, instance in self.dispatcher.dispatch(self.clock.monotonic_s()):
+        now_s = self.clock.monotonic_s()
+        for request, order in self.dispatcher.refuse_late(now_s):
+            self._takers.pop(request.request_id, None)
+            if (refuse := self._refusers.pop(request.request_id, None)) is not None:
+                refuse(order)
+        for request, instance in self.dispatcher.dispatch(now_s):
             take = self._takers.pop(request.request_id, None)
+            self._refusers.pop(request.request_id, None)
             if take is None:
                 self.dispatcher.cancel(request.request_id)
             else:
@@ -208,6 +258,8 @@ class Brain:
         """The prompt is read: it keeps no other request waiting at its instance any more."""
         self.dispatcher.first_token(ticket.id)
         self.overflow.first_token(ticket.id)
+        if self.dispatcher.ordered:
+            self.pump()
 
     def pool_of(self, ticket: Ticket) -> str:
         """Name of the pool that serves a ticket; empty while it waits."""
@@ -218,21 +270,21 @@ class Brain:
 
     def alternatives(self, ticket: Ticket, chosen: RoutedInstance, most: int) -> list[RoutedInstance]:
         """Instances that could take the request over should the chosen one fail it, the best first."""
-        found: list[RoutedInstance] = []
-        table, taken = self.dispatcher.table, {chosen.instance_id}
-        pools = (pool for pool in table.pools if pool.model == ticket.asked.model) if table else ()
-        in_flight = self.dispatcher.in_flight()
-        for pool in pools_for(pools, ticket.classified.routing):
-            while len(found) < most and (instance := pick(_without(pool, taken), in_flight)) is not None:
-                found.append(instance)
-                taken.add(instance.instance_id)
-        return found
+        return self.dispatcher.next_best(ticket.request, chosen.instance_id, most)
+
+    def chosen(self) -> Counter[Decided]:
+        """Choices by what decided them."""
+        return self.dispatcher.chosen + Counter({Decided.OVERFLOW: self.overflow.chosen.total()})
 
     def queues(self, now_s: float) -> dict[str, QueueObservation]:
         """Per pool, for load reports. What overflowed into the engines is waiting there."""
-        beyond = self.overflow.queues(now_s)
+        beyond, unread = self.overflow.queues(now_s), self.overflow.unread_at_risk(now_s)
         return {
-            name: replace(queue, waiting=queue.waiting + beyond[name].in_flight if name in beyond else queue.waiting)
+            name: replace(
+                queue,
+                waiting=queue.waiting + (beyond[name].in_flight if name in beyond else 0),
+                at_risk=queue.at_risk + unread[name],
+            )
             for name, queue in self.dispatcher.queues(now_s).items()
         }
 
@@ -245,9 +297,12 @@ class Brain:
     def done(self, ticket: Ticket, outcome: Outcome) -> None:
         """The end of a request, however it came."""
         self._takers.pop(ticket.id, None)
+        self._refusers.pop(ticket.id, None)
         self.dispatcher.cancel(ticket.id)
         self.overflow.cancel(ticket.id)
         self.stops(ticket)
+        if outcome in REFUSED:
+            self.dispatcher.count_refused(ticket.request, outcome)
         self.outcomes[outcome, str(ticket.classified.routing)] += 1
         if outcome in MISSED:
             self.meter.failed(ticket.asked.model, ticket.classified.load)
@@ -341,10 +396,6 @@ def _beyond(table: RoutingTable, overcommit: float) -> RoutingTable:
             for pool in table.pools
         ),
     )
-
-
-def _without(pool: RoutedPool, names: set[str]) -> RoutedPool:
-    return replace(pool, instances=tuple(each for each in pool.instances if each.instance_id not in names))
 
 
 def _verdict(said: Bucket, true: Bucket) -> str:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import grpc
 
 from common.clock import Clock
-from common.errors import UserError
 from common.logs import get_logger
-from common.tls import ClientTls, open_channel, stamps
+from common.tls import ClientTls, Renewing
 from controller.api.wire import routing_from_wire, timestamp
 from controller.fleet.port import QueueObservation, RoutingTable
+from controller.gateway.choices import Choices, ChoiceSample
 from controller.gateway.load import Histogram, LoadMeter
 from dynamollm.v1 import controller_pb2 as pb
 from dynamollm.v1 import controller_pb2_grpc as rpc
@@ -59,6 +59,7 @@ class InstanceNow:
     instance_id: str
     power_w: float | None
     requests: float | None  # at the engine, running or waiting
+    kv_use: float | None = None  # share of its KV cache
 
 
 def _instance_now(message: pb.InstanceStatus) -> InstanceNow:
@@ -67,6 +68,7 @@ def _instance_now(message: pb.InstanceStatus) -> InstanceNow:
         message.instance_id,
         message.power_w if message.HasField("power_w") else None,
         message.running + message.waiting if known else None,
+        message.kv_usage_ratio if message.HasField("kv_usage_ratio") else None,
     )
 
 
@@ -86,12 +88,11 @@ class ControllerClient:
         models: Callable[[], Iterable[str]],
         queues: Callable[[float], Mapping[str, QueueObservation]],
         on_status: Callable[[Sequence[InstanceNow], float], None],
+        choices: Choices | None = None,
         tls: ClientTls | None = None,
         tls_name: str = "",
     ) -> None:
-        self._address = address
-        self._tls = tls if tls is not None and tls.on and not address.startswith("unix:") else None
-        self._tls_name = tls_name
+        self._link = Renewing(rpc.ControllerStub, address, tls, tls_name, _CHANNEL_OPTIONS)
         self.connected = False
         self.reports_failed = 0
         self._gateway_id = gateway_id
@@ -103,27 +104,8 @@ class ControllerClient:
         self._models = models
         self._queues = queues
         self._on_status = on_status
+        self._choices = choices
         self._table: RoutingTable | None = None
-        self._open()
-
-    def _open(self) -> None:
-        """A channel with the certificates as they are now."""
-        self._stamps = stamps(self._tls) if self._tls is not None else ()
-        self._channel = open_channel(self._address, self._tls, self._tls_name, _CHANNEL_OPTIONS)
-        self._stub = rpc.ControllerStub(self._channel)
-
-    async def _take_up_renewal(self) -> None:
-        """A connection that broke is made anew with a certificate that was renewed meanwhile."""
-        if self._tls is None or stamps(self._tls) in ((), self._stamps):
-            return
-        before = self._channel
-        try:
-            self._open()
-        except UserError as error:
-            _log.error("certificate_unreadable", detail=str(error))
-            return
-        _log.info("certificate_renewed")
-        await before.close(grace=REPORT_DEADLINE_S)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -133,14 +115,14 @@ class ControllerClient:
                 group.create_task(self._report())
                 group.create_task(self._follow_status())
         finally:
-            await self._channel.close()
+            await self._link.close()
 
     async def _watch(self) -> None:
         """Follows the routing stream; every break is logged once and tried again."""
         delay_s, told = RETRY_S[0], False
         while True:
             try:
-                async for message in self._stub.WatchRouting(pb.WatchRoutingRequest(gateway_id=self._gateway_id)):
+                async for message in self._link.stub.WatchRouting(pb.WatchRoutingRequest(gateway_id=self._gateway_id)):
                     if not self.connected:
                         _log.info("controller_connected", term=message.term, version=message.version)
                     self.connected, delay_s, told = True, RETRY_S[0], False
@@ -153,7 +135,7 @@ class ControllerClient:
                     "controller_lost", reason=reason, kept_version=self._table.version if self._table else None
                 )
             self.connected, told = False, True
-            await self._take_up_renewal()
+            await self._link.renew(REPORT_DEADLINE_S)
             await asyncio.sleep(delay_s)
             delay_s = min(RETRY_S[1], delay_s * 1.5)
 
@@ -181,9 +163,12 @@ class ControllerClient:
         told = False
         while True:
             await asyncio.sleep(self._interval_s)
+            samples = self._choices.take() if self._choices is not None else ()
             try:
-                await self._stub.ReportLoad(self.report(), timeout=REPORT_DEADLINE_S)
+                await self._link.stub.ReportLoad(self.report(samples), timeout=REPORT_DEADLINE_S)
                 told = False
+                if self._choices is not None:
+                    self._choices.sent(samples)
             except grpc.aio.AioRpcError as error:
                 self.reports_failed += 1
                 if not told:
@@ -195,21 +180,22 @@ class ControllerClient:
         sight of others' work, nothing else."""
         while True:
             try:
-                status = await self._stub.GetStatus(pb.GetStatusRequest(), timeout=REPORT_DEADLINE_S)
+                status = await self._link.stub.GetStatus(pb.GetStatusRequest(), timeout=REPORT_DEADLINE_S)
                 instances = [_instance_now(each) for pool in status.pools for each in pool.instances]
                 self._on_status(instances, self._clock.monotonic_s())
             except grpc.aio.AioRpcError as error:
                 _log.debug("status_not_known", reason=f"{error.code().name}: {error.details()}")
             await asyncio.sleep(STATUS_INTERVAL_S)
 
-    def report(self) -> pb.ReportLoadRequest:
-        """All counters as they stand."""
+    def report(self, samples: Sequence[ChoiceSample] = ()) -> pb.ReportLoadRequest:
+        """All counters as they stand, and the sampled choices that have not arrived yet."""
         classes = self._meter.classes(self._models())
         queues = self._queues(self._clock.monotonic_s())
         return pb.ReportLoadRequest(
             gateway_id=self._gateway_id,
             epoch=self._epoch,
             reported_at=timestamp(self._clock.wall_s()),
+            choices=[_sample(each) for each in samples],
             classes=[
                 pb.ClassLoad(
                     model=model,
@@ -227,7 +213,12 @@ class ControllerClient:
             ],
             queues=[
                 pb.PoolQueue(
-                    pool=pool, waiting=queue.waiting, in_flight=queue.in_flight, oldest_wait_s=queue.oldest_wait_s
+                    pool=pool,
+                    waiting=queue.waiting,
+                    in_flight=queue.in_flight,
+                    oldest_wait_s=queue.oldest_wait_s,
+                    at_risk=queue.at_risk,
+                    refused=queue.refused,
                 )
                 for pool, queue in queues.items()
             ],
@@ -236,3 +227,29 @@ class ControllerClient:
 
 def _histogram(histogram: Histogram) -> types.Histogram:
     return types.Histogram(bounds=histogram.bounds, counts=histogram.cumulative(), sum=histogram.sum)
+
+
+def _sample(sample: ChoiceSample) -> pb.ChoiceSample:
+    return pb.ChoiceSample(
+        number=sample.number,
+        chosen_at=timestamp(sample.chosen_wall_s),
+        model=sample.model,
+        request_class=str(sample.request_class),
+        input_tokens=sample.input_tokens,
+        pool=sample.pool,
+        instance_id=sample.instance_id,
+        decided_by=sample.decided_by.value,
+        queue_ms=sample.queue_ms,
+        speaks_for=sample.speaks_for,
+        alternatives=[
+            pb.ChoiceAlternative(
+                instance_id=each.instance_id,
+                pool=each.pool,
+                lost_by=each.lost_by,
+                in_flight=each.in_flight,
+                pending_tokens=each.pending_tokens,
+                score=each.score,
+            )
+            for each in sample.alternatives
+        ],
+    )

@@ -9,13 +9,16 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from common.config import ConfigModel
-from common.tls import ClientTls
+from common.tls import ClientTls, check_pem
+from common.tls_server import stays_here
 from controller.domain.slo import Slo
+from controller.policy.routing import Weights
 
 DEFAULT_PATH = Path("/etc/dynamollm/gateway.toml")
 PART = "gateway"
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+TermWeight = Annotated[float, Field(ge=0, le=1000)]
 Milliseconds = Annotated[float, Field(gt=0, le=3_600_000)]
 
 
@@ -81,6 +84,42 @@ class ClassifyConfig(ConfigModel):
     )
 
 
+class RoutingConfig(ConfigModel):
+    """What a choice among a pool's instances is made by, and which choices are explained in the history."""
+
+    load: TermWeight = Field(default=1.0, description="Weight of requests in flight and unread prompts, per capacity.")
+    energy: TermWeight = Field(
+        default=0.0, description="Weight of the joules that one request more costs there under the profile."
+    )
+    kv_use: TermWeight = Field(default=0.0, description="Weight of the share of the KV cache in use.")
+    prefix: TermWeight = Field(
+        default=0.0,
+        description="Weight of not having just read a prompt with the same beginning (the engines' prefix caches).",
+    )
+    fill: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Up to this share of its limit an instance may be preferred for energy, KV use or prefix.",
+    )
+    sample_one_in: int = Field(
+        default=1000,
+        ge=0,
+        description="One of so many choices is reported to the controller with every alternative and why it lost. 0: "
+        "none.",
+    )
+    samples_per_minute: int = Field(default=10, ge=1, le=1000, description="The most that are reported.")
+
+    @model_validator(mode="after")
+    def _some(self) -> RoutingConfig:
+        if not self.load + self.energy + self.kv_use + self.prefix:
+            raise ValueError("one of the weights must be above zero")
+        return self
+
+    def weights(self) -> Weights:
+        return Weights(self.load, self.energy, self.kv_use, self.prefix, self.fill)
+
+
 class AccessConfig(ConfigModel):
     """Who may send requests."""
 
@@ -109,19 +148,49 @@ class TlsConfig(ConfigModel):
         return self
 
 
+class PickerTls(ConfigModel):
+    """Mutual TLS for the picker's port: whoever shows a certificate of `client_ca` is let in. All three or none."""
+
+    cert: str = Field(default="", description="Own certificate, PEM; a renewed one is taken up without a restart.")
+    key: str = Field(default="", description="Its private key, PEM.")
+    client_ca: str = Field(default="", description="Authority that signs the certificates of Envoys and tools, PEM.")
+
+    @property
+    def on(self) -> bool:
+        return bool(self.cert)
+
+    def check(self) -> None:
+        """Raises UserError for files that nobody could be served with."""
+        if self.on:
+            where = "picker.tls"
+            check_pem({f"{where}.client_ca": self.client_ca}, {f"{where}.cert": self.cert}, {f"{where}.key": self.key})
+
+    @model_validator(mode="after")
+    def _whole(self) -> PickerTls:
+        if len({bool(value) for value in (self.cert, self.key, self.client_ca)}) > 1:
+            raise ValueError("cert, key and client_ca belong together; set all of them or none")
+        return self
+
+
 class PickerConfig(ConfigModel):
     """The endpoint picker for Envoy (docs/envoy.md) and the Gateway service for orchestration tools, both over gRPC."""
 
     listen: str = Field(
         default="",
-        description="HOST:PORT of the gRPC services, port 0: any. Plain text: keep it on loopback. Empty: off.",
+        description="HOST:PORT of the gRPC services, port 0: any. Without tls loopback only. Empty: off.",
     )
+    tls: PickerTls = PickerTls()
     overcommit: float = Field(
         default=1.5,
         ge=1,
         le=10,
         description="There is no queue in front of Envoy: with all instances full, requests are sent on up to this "
         "multiple of their limits, to wait inside an engine. Beyond it they get 429. 1: none are.",
+    )
+    engine_priority: bool = Field(
+        default=False,
+        description="Engines run with --scheduling-policy priority: while deadlines are at risk, requests carry the "
+        "instant that their first token is due as their priority. Others refuse such requests.",
     )
     alternatives: int = Field(
         default=2, ge=0, le=5, description="Further instances named to Envoy, for its retries before the first byte."
@@ -170,6 +239,7 @@ class GatewayConfig(ConfigModel):
     )
     limits: LimitsConfig = LimitsConfig()
     classify: ClassifyConfig = ClassifyConfig()
+    routing: RoutingConfig = RoutingConfig()
     slo: SloConfig = SloConfig()
     access: AccessConfig = AccessConfig()
     tls: TlsConfig = TlsConfig()
@@ -191,6 +261,8 @@ class GatewayConfig(ConfigModel):
     def _picker(cls, value: PickerConfig) -> PickerConfig:
         if value.listen:
             split_address(value.listen)
+            if not value.tls.on and not stays_here(value.listen):
+                raise ValueError(f"{value.listen} can be reached from elsewhere: set tls, or listen on loopback")
         return value
 
     @field_validator("controller")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import ssl
@@ -21,6 +22,7 @@ from common.sd_notify import notify, watchdog_interval_s
 from controller.fleet.port import RoutingTable
 from controller.gateway.access import Access
 from controller.gateway.brain import Brain
+from controller.gateway.choices import Choices
 from controller.gateway.classify import Classifier
 from controller.gateway.client import ControllerClient
 from controller.gateway.config import GatewayConfig, TlsConfig, split_address
@@ -105,6 +107,7 @@ async def run(config: GatewayConfig, listener: socket.socket) -> None:
         brain.models,
         brain.queues,
         brain.status,
+        brain.choices,
         tls=config.controller_tls,
         tls_name=config.controller_tls_name,
     )
@@ -151,6 +154,9 @@ async def run(config: GatewayConfig, listener: socket.socket) -> None:
     _log.info("listening", address=f"{scheme}://{host}:{port}", controller=config.controller, gateway=config.name)
     if picker is not None:
         _log.info("picker_listening", port=picker.port)
+    # What stands now stands to the end: a full collection that walks it would hold every request up for tens of ms.
+    gc.collect()
+    gc.freeze()
     notify("READY=1", f"STATUS=Serving on {host}:{port}")
     try:
         await server.serve(sockets=[listener])
@@ -199,6 +205,7 @@ def make_brain(config: GatewayConfig, clock: Clock) -> Brain:
         Classifier(None, classify.output_quantile, predictor, classify.min_confidence),
         TokenCounter(load_tokenizers(classify.tokenizers)),
         config.picker.overcommit,
+        Choices(clock, config.routing.weights(), config.routing.sample_one_in, config.routing.samples_per_minute),
     )
 
 

@@ -9,9 +9,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from common.clock import Clock
-from controller.gateway.brain import Brain
+from controller.gateway.brain import REFUSED, Brain
 from controller.gateway.client import ControllerClient
 from controller.gateway.load import Histogram
+from controller.policy.routing import Decided
 
 if TYPE_CHECKING:
     from controller.picker.picker import Picker
@@ -47,11 +48,37 @@ class _GatewayCollector(Collector):
 
         waiting = GaugeMetricFamily("dynamollm_gateway_waiting", "Requests waiting, by own pool.", labels=["pool"])
         running = GaugeMetricFamily("dynamollm_gateway_in_flight", "Requests in flight, by pool.", labels=["pool"])
-        for pool, queue in brain.queues(self._clock.monotonic_s()).items():
+        at_risk = GaugeMetricFamily(
+            "dynamollm_gateway_at_risk",
+            "Requests about to miss their deadline, or past it without a first token, by pool.",
+            labels=["pool"],
+        )
+        refused = CounterMetricFamily(
+            "dynamollm_gateway_refused", "Requests refused, by own pool and why.", labels=["pool", "reason"]
+        )
+        stage = GaugeMetricFamily(
+            "dynamollm_gateway_emergency_stage",
+            "Order that stands: 0 none, 1 reorder, 2 full clock, 3 move, 4 refuse.",
+            labels=["pool"],
+        )
+        now_s = self._clock.monotonic_s()
+        stages = dispatcher.stages(now_s)
+        for pool, queue in brain.queues(now_s).items():
             waiting.add_metric([pool], queue.waiting)
             running.add_metric([pool], queue.in_flight)
-        yield from (waiting, running)
+            at_risk.add_metric([pool], queue.at_risk)
+            for why in sorted(REFUSED):
+                refused.add_metric([pool, why], queue.refused.get(why, 0))
+            stage.add_metric([pool], stages[pool].rank)
+        yield from (waiting, running, at_risk, refused, stage)
 
+        choices = CounterMetricFamily(
+            "dynamollm_gateway_choices", "Choices of an instance, by what decided them.", labels=["reason"]
+        )
+        chosen = brain.chosen()
+        for reason in Decided:
+            choices.add_metric([reason.value], chosen[reason])
+        yield choices
         yield CounterMetricFamily(
             "dynamollm_gateway_failovers", "Requests sent to another instance.", value=dispatcher.failed_over
         )

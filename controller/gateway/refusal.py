@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import ceil
 
 
 class Refusal(Exception):
@@ -20,6 +21,16 @@ class Refusal(Exception):
 
     def body(self) -> bytes:
         return error_body(self.status, self.code, self.message, self.param)
+
+
+def too_late(retry_after_s: float) -> Refusal:
+    """By the emergency ladder: for a request whose first token can no longer come in time."""
+    return Refusal(
+        503,
+        "too_late",
+        "The service is overloaded: the first token can no longer come in time.",
+        retry_after_s=max(1, ceil(retry_after_s)),
+    )
 
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> bytes:

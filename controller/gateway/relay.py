@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 from common.http1 import Headers
 from common.logs import get_logger
-from controller.fleet.port import RoutedInstance, RoutingTable
+from controller.fleet.port import PoolOrder, RoutedInstance, RoutingTable
 from controller.gateway.asked import Asked
 from controller.gateway.brain import Brain, Outcome, Ticket, count
 from controller.gateway.config import LimitsConfig
-from controller.gateway.refusal import Refusal, error_body
+from controller.gateway.refusal import Refusal, error_body, too_late
 from controller.gateway.upstream import Answer, UpstreamFailed, Upstreams
 
 _log = get_logger(__name__)
@@ -83,13 +83,13 @@ class Relay:
     async def _serve(self, inbound: Inbound, client: Client, ticket: Ticket) -> Outcome:
         asked, dispatcher = inbound.asked, self.brain.dispatcher
         slot = _slot()
-        if not self.brain.wait(ticket, _into(slot)):
+        if not self.brain.wait(ticket, _into(slot), _refused(slot)):
             raise Refusal(429, Outcome.QUEUE_FULL, "Too many requests are waiting.", retry_after_s=1)
         failure = ""
         for attempt in range(self._limits.attempts):
             if attempt:
                 slot = _slot()
-                self.brain.wait_on(ticket, _into(slot))
+                self.brain.wait_on(ticket, _into(slot), _refused(slot))
             instance = await self._given(slot, ticket)
             queue_s = self._clock.monotonic_s() - ticket.arrived_s
             self.brain.runs_on(ticket, instance)
@@ -215,6 +215,14 @@ def _into(slot: asyncio.Future[RoutedInstance]) -> Callable[[RoutedInstance], No
             slot.set_result(instance)
 
     return take
+
+
+def _refused(slot: asyncio.Future[RoutedInstance]) -> Callable[[PoolOrder], None]:
+    def refuse(order: PoolOrder) -> None:
+        if not slot.done():
+            slot.set_exception(too_late(order.retry_after_s))
+
+    return refuse
 
 
 def _error_event(message: str) -> bytes:

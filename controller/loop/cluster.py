@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from controller.domain.decision import Json
 from controller.domain.reasons import Level, Reason
 from controller.fleet.port import Solve
+from controller.loop import budget
 from controller.loop import pool as pool_manager
+from controller.loop.foresight import foresight_json
 from controller.loop.planning import (
     build_problem,
     counts_json,
@@ -34,7 +36,7 @@ from controller.loop.planning import (
 from controller.loop.state import PendingSolve, PoolPlan, State, Turn, plan_json
 from controller.policy.milp.fallback import fall_back
 from controller.policy.milp.problem import PlanSolution
-from controller.policy.stabilise import StabiliseSettings, judge, price, starts_needed
+from controller.policy.stabilise import StabiliseSettings, judge, price, retirements_needed, starts_needed
 
 SCOPE = "cluster"
 
@@ -57,7 +59,9 @@ def tick(turn: Turn, trigger: str) -> None:
     effect_id = turn.effect_id()
     problem = build_problem(state, now, effect_id, demand, partitions, gpus, state.settings.cluster_s)
     inputs = {"demand": demand.json(), "problem": problem_json(problem), "profile": state.profile_checksum}
-    state.solving[effect_id] = PendingSolve(Level.CLUSTER, "", trigger, problem, inputs, demand.cold)
+    state.solving[effect_id] = PendingSolve(
+        Level.CLUSTER, "", trigger, problem, inputs, demand.cold, state.budget_version
+    )
     turn.effects.append(Solve(effect_id, problem))
 
 
@@ -69,7 +73,7 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
     pools = fallback.pools if fallback else chosen.pools if chosen else ()
     counts = dict(fallback.counts if fallback else chosen.counts if chosen else {})
     demand = demand_by_pool(problem, pools)
-    candidate = price(state.fit, counts, demand, problem.gpus, expected_by_pool(problem, pools))
+    candidate = price(state.fit, counts, demand, problem.gpus, expected_by_pool(problem, pools), problem.host_share_w)
     present_pools = tuple(state.pools)
     repartition = set(pools) != set(present_pools)
     reason, sentence = Reason.PLAN_KEPT, ""
@@ -84,8 +88,11 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
             demand_by_pool(problem, present_pools),
             problem.gpus,
             expected_by_pool(problem, present_pools),
+            problem.host_share_w,
         )
-        verdict = judge(
+        verdict = budget.judge(
+            state, problem, solution, wanted_counts(state), demand_by_pool(problem, present_pools)
+        ) or judge(
             present,
             candidate,
             starts_needed(state.layout.counts(), counts),
@@ -94,6 +101,8 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
             now.monotonic_s - state.layout_changed_s,
             pending=transition_pending(state),
             settings=StabiliseSettings(dwell_s=state.settings.min_dwell_s),
+            retired=retirements_needed(state.layout.counts(), counts),
+            retire_j=problem.retire_j,
         )
         accept, reason, sentence = verdict.accept, verdict.reason, verdict.sentence
         judged = judged_json(present, candidate, verdict)
@@ -102,6 +111,9 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
             sentence = "There is no way to it that carries the load."
     if fallback:
         reason, sentence = fallback.reason, fallback.sentence
+        if problem.budget_w is not None and state.pools:
+            accept, reason = accept and not repartition, Reason.BUDGET_UNREACHABLE
+            sentence = f"No layout stands within {problem.budget_w:.0f} W, even without load."
 
     grants: Mapping[str, int] = {}
     if accept:
@@ -137,6 +149,8 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
             "grants": dict(sorted(grants.items())),
             "missing": counts_json(placed.missing) if placed else {},
             "judged": judged,
+            "foresight": foresight_json(state, solution, counts, expected_by_pool(problem, pools) or demand),
+            **budget.served_json(problem, solution),
             "plan": plan_json(state),
         },
         alternatives=tuple(alternatives),

@@ -7,6 +7,7 @@ whatever takes time is an effect whose result comes back as an `EffectDone` even
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from controller.domain.decision import Decision
 from controller.domain.reasons import Level, Mode
@@ -20,13 +21,12 @@ from controller.fleet.port import (
     NodeSeen,
     Tick,
 )
-from controller.loop import cluster, instance, modes, pool
+from controller.loop import budget, cluster, instance, modes, pool, provision
 from controller.loop.load import LoadBook
-from controller.loop.orders import Order, PlanNow, SetMode
+from controller.loop.orders import CorrectProfile, NoteEngines, NotePower, Order, PlanNow, SetMode, SetPowerBudget
+from controller.loop.profile_in_use import columns_of, correct, curves_of, note_engines
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant, PoolPlan, State, Turn
-from controller.policy.milp.columns import build_columns
-from controller.profile.fit import fit
 from controller.profile.table import Profile
 from controller.store.records import PlanRecord
 
@@ -56,20 +56,13 @@ class Core:
         plan: PlanRecord | None = None,
     ) -> None:
         """`plan` is the one recorded last: a restarted controller carries on from it."""
-        knobs = settings.knobs
-        # A fleet without locks is planned and priced at full clock, also where a lower one would draw less.
-        curves = fit(profile) if knobs.clocks else fit(profile).at_clock(profile.full_mhz)
-        columns = tuple(
-            column
-            for column in build_columns(curves, [group.name for group in profile.groups])
-            if knobs.sharding or column.tp == settings.widest_tp
-        )
+        curves = curves_of(settings, profile)
         self.state = State(
             settings=settings,
             profile=profile,
             profile_checksum=profile.checksum(),
             fit=curves,
-            columns=columns,
+            columns=columns_of(settings, curves),
             term=term,
             mode=mode,
             load=LoadBook(keep_s=max(_LEAST_KEPT_S, _KEEP_EPOCHS * settings.cluster_s)),
@@ -103,13 +96,26 @@ class Core:
         match order:
             case SetMode():
                 modes.set_mode(turn, order)
+            case NotePower():
+                provision.note_power(turn, order)
             case PlanNow():
-                if self.state.pools and self.state.mode is not Mode.PAUSED and self.state.may_act(now.monotonic_s):
-                    cluster.tick(turn, order.why)
-                    for name in sorted(self.state.pools):
-                        if self.state.mode_of(name, "") is not Mode.PAUSED:
-                            pool.tick(turn, name, order.why)
+                self._plan_now(turn, order.why)
+            case SetPowerBudget():
+                if budget.set_budget(turn, order):
+                    self._plan_now(turn, "budget")
+            case CorrectProfile():
+                correct(turn, order)
+            case NoteEngines():
+                note_engines(turn, order)
         return self._step(turn)
+
+    def _plan_now(self, turn: Turn, why: str) -> None:
+        state = turn.state
+        if state.pools and state.mode is not Mode.PAUSED and state.may_act(turn.now.monotonic_s):
+            cluster.tick(turn, why)
+            for name in sorted(state.pools):
+                if state.mode_of(name, "") is not Mode.PAUSED:
+                    pool.tick(turn, name, why)
 
     def _step(self, turn: Turn) -> Step:
         effects = modes.allowed(turn.state, turn.effects)
@@ -122,6 +128,8 @@ class Core:
             return
         if not state.pools:
             cluster.tick(turn, "start")
+        elif state.foreign_engines and level is not Level.INSTANCE:
+            return  # the layout is held: what another one would carry or draw is not known
         elif level is Level.CLUSTER:
             cluster.tick(turn, "tick")
         elif level is Level.POOL:
@@ -129,6 +137,9 @@ class Core:
                 if state.mode_of(name, "") is not Mode.PAUSED:
                     pool.tick(turn, name, "tick")
         if level is Level.INSTANCE:
+            if budget.tick(turn):
+                self._plan_now(turn, "budget")
+            provision.tick(turn)
             if state.pools and self._lost_wanted(turn):
                 cluster.tick(turn, "node_lost")
             instance.tick(turn)
@@ -138,8 +149,11 @@ class Core:
         state, now_s = turn.state, turn.now.monotonic_s
         return any(state.is_lost(wanted.node_id, now_s) for wanted in state.layout.instances)
 
-    def _node_seen(self, turn: Turn, seen: NodeObservation) -> None:
-        state = turn.state
+    def _node_seen(self, turn: Turn, told: NodeObservation) -> None:
+        state, seen = turn.state, _sensible(told)
+        back = provision.seen(turn, seen)
+        if back is None:
+            return
         before = state.nodes.get(seen.node_id)
         state.nodes[seen.node_id] = seen
         for effect_id, step in list(state.acting.items()):
@@ -153,6 +167,8 @@ class Core:
                 state.draining.discard(observed.instance_id)
         if state.mode is Mode.PAUSED or not state.pools:
             return
+        if back:
+            self._plan_now(turn, "node_back")
         # A change of any instance's state is acted on at once, not at the next tick.
         if before is None or _states(before) != _states(seen):
             for observed in seen.instances:
@@ -165,6 +181,8 @@ class Core:
 
     def _effect_done(self, turn: Turn, done: EffectDone) -> None:
         state = turn.state
+        budget.done(turn, done)
+        provision.done(turn, done)
         acted = state.acting.get(done.effect_id)
         if acted is not None and done.ok:
             acted.done = True
@@ -177,7 +195,13 @@ class Core:
         pending = state.solving.pop(done.effect_id, None)
         if pending is None or done.solution is None:
             return
-        if pending.level is Level.CLUSTER:
+        if budget.is_outdated(state, pending):
+            # Nothing may be switched to that a budget set meanwhile does not allow.
+            if pending.level is Level.CLUSTER:
+                cluster.tick(turn, "budget")
+            elif pending.pool in state.pools:
+                pool.tick(turn, pending.pool, "budget")
+        elif pending.level is Level.CLUSTER:
             cluster.on_solution(turn, pending, done.solution)
         elif pool.on_solution(turn, pending, done.solution) and self._may_ask_cluster(turn):
             cluster.tick(turn, "capacity_needed")
@@ -187,6 +211,26 @@ class Core:
         """A pool may call for a cluster plan at most once per pool period, or an overload would plan without end."""
         state = turn.state
         return state.last_cluster_s is None or turn.now.monotonic_s - state.last_cluster_s >= state.settings.pool_s
+
+
+def _sensible(seen: NodeObservation) -> NodeObservation:
+    """A reading that cannot be (NaN, infinite, negative) is unknown."""
+    if all(_can_be(v) for i in seen.instances for v in (i.running, i.waiting, i.kv_usage_ratio)):
+        return seen
+    instances = tuple(
+        replace(
+            instance,
+            running=instance.running if _can_be(instance.running) else None,
+            waiting=instance.waiting if _can_be(instance.waiting) else None,
+            kv_usage_ratio=instance.kv_usage_ratio if _can_be(instance.kv_usage_ratio) else None,
+        )
+        for instance in seen.instances
+    )
+    return replace(seen, instances=instances)
+
+
+def _can_be(reading: float | None) -> bool:
+    return reading is None or 0 <= reading < inf
 
 
 def _states(node: NodeObservation | None) -> dict[str, InstanceState]:

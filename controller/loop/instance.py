@@ -10,24 +10,35 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from controller.domain.classes import ClassGroup, RequestClass
-from controller.domain.reasons import Level, Mode, Reason
+from controller.domain.reasons import Level, Mode, Reason, Stage
 from controller.fleet.port import (
+    ApplyCaps,
     ApplyClocks,
+    CapTarget,
     ClockTarget,
     DrainInstance,
     InstanceObservation,
     InstanceState,
     PublishRouting,
+    ReleaseCaps,
     ReleaseClocks,
     RoutingTable,
     StartInstance,
     StopInstance,
 )
-from controller.loop import modes, serving
+from controller.loop import caps, emergency, modes, serving
 from controller.loop.planning import drop_from_layout, lay_out, say_counts
 from controller.loop.state import ActingStep, ChosenClock, PoolPlan, Turn, plan_json, rates_json
-from controller.policy.frequency import ClockChoice, ClockSettings, InstanceLoad, choose_clock
-from controller.policy.idle import LONE_SHARE
+from controller.policy.frequency import (
+    ClockAlternative,
+    ClockAsk,
+    ClockChoice,
+    ClockSettings,
+    InstanceLoad,
+    at_full_clock,
+    explain_clock,
+)
+from controller.policy.idle import carried_share
 from controller.policy.routing import RoutableInstance, routed_pools
 from controller.policy.transition import (
     ActualInstance,
@@ -41,21 +52,28 @@ from controller.policy.transition import (
 
 # States in which an instance may still have work and so needs a chosen clock.
 _WORKING = (InstanceState.READY, InstanceState.DRAINING)
+_TAKES_AWAY = (StepKind.DRAIN, StepKind.RELABEL)
+_OF_WHAT_IS_SEEN = (StepKind.DRAIN, StepKind.STOP)
 
 
 def tick(turn: Turn) -> None:
     """One fast tick: who serves, steps, routing, clocks."""
     rates = serving.with_bursts(turn, serving.pool_rates(turn, turn.state.settings.load_window_s))
+    emergency.look(turn)
     serving.choose(turn, rates)
-    reconcile(turn)
+    serving.look_ahead(turn)
+    reconcile(turn, renew=True)
+    if rates is None:  # the first routing table may have been made just now: only with it the load of a pool is known
+        rates = serving.with_bursts(turn, serving.pool_rates(turn, turn.state.settings.load_window_s))
     _set_clocks(turn, rates)
 
 
 # ------------------------------------------------------------------------------------------------ transitions
 
 
-def reconcile(turn: Turn) -> None:
-    """Takes the next steps from what is there to what is wanted, then publishes the routing if it changed."""
+def reconcile(turn: Turn, renew: bool = False) -> None:
+    """Takes the next steps from what is there to what is wanted, then publishes the routing if it changed. `renew`:
+    also when it carries orders, which would expire."""
     state, now_s = turn.state, turn.now.monotonic_s
     if not state.may_act(now_s):
         return
@@ -72,7 +90,7 @@ def reconcile(turn: Turn) -> None:
         # harm first: the alternative is to stay on it for ever.
         allow_shortfall=state.layout_forced,
     )
-    if transition.stuck and state.mode is Mode.ACTIVE:
+    if transition.stuck and state.mode is Mode.ACTIVE and rates is not None:
         _stand_still(turn, actual)
         return
     if transition.given_up:
@@ -84,6 +102,12 @@ def reconcile(turn: Turn) -> None:
     for step in transition.steps:
         if not modes.may_touch(state, step.pool, step.node_id):
             continue
+        # Nobody knows what an instance carries now: silence takes nothing away from those that serve.
+        if rates is None and step.kind in _TAKES_AWAY:
+            continue
+        # Of a silent node one knows what was, not what is: it is heard again, or lost.
+        if step.kind in _OF_WHAT_IS_SEEN and state.is_stale(step.node_id, now_s):
+            continue
         if step.kind is StepKind.RELABEL:
             state.routed_as[step.instance_id] = step.pool
         elif step.kind is not StepKind.WAIT and (step.kind.value, step.instance_id) not in busy:
@@ -92,7 +116,7 @@ def reconcile(turn: Turn) -> None:
                     continue
                 starting += 1
             _act(turn, step)
-    _publish(turn, before)
+    _publish(turn, before, renew)
 
 
 def _stand_still(turn: Turn, actual: tuple[ActualInstance, ...]) -> None:
@@ -189,7 +213,7 @@ def _act(turn: Turn, step: Step) -> None:
         turn.effects.append(StopInstance(effect_id, step.node_id, step.instance_id, step.sentence))
 
 
-def _publish(turn: Turn, position: int) -> None:
+def _publish(turn: Turn, position: int, renew: bool) -> None:
     """Puts a changed routing table before this turn's steps: gateways stop sending before a drain begins.
 
     Instances of a node that fell silent stay: an agent's death does not stop its engines, and a gateway finds out
@@ -212,9 +236,12 @@ def _publish(turn: Turn, position: int) -> None:
     if not working and state.routing is None:
         return  # nothing to route to yet; gateways keep what an earlier controller gave them
     pools = routed_pools(state.fit, state.settings.model, _groups(turn), tuple(working))
-    if state.routing is not None and state.routing.pools == pools:
-        return
+    pools = emergency.with_orders(state, pools, turn.now.monotonic_s)
     version = state.routing.version + 1 if state.routing else 1
+    if state.routing is not None and state.routing.pools == pools:
+        if not renew or all(pool.order is None for pool in pools):
+            return
+        version = state.routing.version
     state.routing = RoutingTable(state.term, version, pools, state.profile.scheme)
     turn.effects.insert(position, PublishRouting(turn.effect_id(), state.routing))
 
@@ -228,35 +255,66 @@ def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
         return
     age_s = state.load.age_s(now_s)
     if age_s is not None and age_s > state.settings.hold_s:
-        _unlock_all(turn)
+        _unlock_all(turn, Reason.STALE_TELEMETRY, f"no load was reported for {state.settings.hold_s:g} s")
         return
-    weights: dict[str, float] = {}
+    if state.foreign_engines:
+        _unlock_all(turn, Reason.ENGINE_CHANGED, "the profile was measured on another engine")
+        return
+    weights: dict[str, float] = {}  # by pool, of all that share its load and as far as they carry it
+    carried: dict[str, float] = {}
     shares: dict[str, float] = {}  # by instance; looked up once per instance and tick, so it must not be searched for
     for pool in state.routing.pools if state.routing else ():
-        weights[pool.name] = sum(instance.weight for instance in pool.instances if instance.accepts_new)
+        sharing = [instance.weight for instance in pool.instances if instance.accepts_new]
+        carried[pool.name] = carried_share(len(sharing))
+        weights[pool.name] = sum(sharing) * carried[pool.name]
         for routed in pool.instances:
             if routed.accepts_new:
                 shares.setdefault(routed.instance_id, routed.weight)
-    batches = _mean_batches(turn)
-    for node in sorted(state.nodes.values(), key=lambda node: node.node_id):
-        if state.is_stale(node.node_id, now_s):
-            continue  # not decided on, so not renewed: its locks expire
+    batches = {(pool, tp): held / max(1.0, carried.get(pool, 1.0)) for (pool, tp), held in _mean_batches(turn).items()}
+    # Nodes that are stale, and what is paused, are not decided on, so not renewed: their locks expire.
+    seen = [
+        node
+        for node in sorted(state.nodes.values(), key=lambda n: n.node_id)
+        if not state.is_stale(node.node_id, now_s)
+    ]
+    asks = {
+        instance.instance_id: _ask(turn, instance, pool_rates, weights, shares, batches)
+        for node in seen
+        for instance in sorted(node.instances, key=lambda instance: instance.instance_id)
+        if instance.state in _WORKING and state.mode_of(state.pool_of(instance), node.node_id) is not Mode.PAUSED
+    }
+    settings = ClockSettings(fill=state.settings.serve_fill, caps=not (state.budgets or state.caps))
+    chosen = caps.choose_within(state, seen, asks, settings)
+    for node in seen:
         targets: list[ClockTarget] = []
         release: list[str] = []
+        cap: list[CapTarget] = []
+        uncap: list[str] = []
         for instance in sorted(node.instances, key=lambda instance: instance.instance_id):
             had = state.clocks.get(instance.instance_id)
+            had_cap = had is not None and had.cap_w is not None
             if instance.state not in _WORKING:
                 if had is not None and had.mhz is not None:
                     release.extend(instance.gpu_uuids)
+                if had_cap:
+                    uncap.extend(instance.gpu_uuids)
                 state.clocks.pop(instance.instance_id, None)
                 continue
-            if state.mode_of(state.pool_of(instance), node.node_id) is Mode.PAUSED:
-                continue  # not decided on, so not renewed: its lock expires
-            mhz = _choose(turn, instance, pool_rates, weights, shares, batches)
+            if instance.instance_id not in asks:
+                continue
+            mhz = _take(turn, instance, asks[instance.instance_id], chosen[instance.instance_id], settings)
             if mhz is not None:
                 targets.append(ClockTarget(instance.gpu_uuids, mhz))
-            elif had is not None and had.mhz is not None:
+            elif had is None or had.mhz is not None:  # seen for the first time it may have a predecessor's lock
                 release.extend(instance.gpu_uuids)
+            cap_w = state.clocks[instance.instance_id].cap_w
+            if cap_w is not None and modes.may_touch(state, state.pool_of(instance), node.node_id):
+                cap.append(CapTarget(instance.gpu_uuids, cap_w))
+            elif had_cap:
+                uncap.extend(instance.gpu_uuids)
+        # The caps of a budget take the place of these, and must not be let go; elsewhere their lease ends them.
+        if uncap and not (state.budgets or state.caps):
+            turn.effects.append(ReleaseCaps(turn.effect_id(), node.node_id, tuple(uncap), "a clock lock draws less"))
         if release:
             turn.effects.append(ReleaseClocks(turn.effect_id(), node.node_id, tuple(release), "full clock wanted"))
         if targets:
@@ -269,28 +327,35 @@ def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
                     "clock of least power that meets the SLO",
                 )
             )
+        if cap:
+            why = "power cap that draws less than any clock lock"
+            ttl_s = state.settings.lease_ttl_s
+            turn.effects.append(ApplyCaps(turn.effect_id(), node.node_id, tuple(cap), ttl_s, why, protects=False))
 
 
-def _unlock_all(turn: Turn) -> None:
-    """No gateway has reported for longer than a plan may be held blindly: full clocks everywhere."""
+def _unlock_all(turn: Turn, reason: Reason, why: str) -> None:
+    """Full clocks everywhere: no gateway has reported for longer than a plan may be held blindly, or the profile does
+    not hold for the engines that run."""
     state = turn.state
     for node in state.nodes.values():
         for instance in node.instances:
             had = state.clocks.get(instance.instance_id)
-            if had is None or had.mhz is None:
+            if had is None or (had.mhz is None and had.cap_w is None):
                 continue
             effect_id = turn.effect_id()
-            turn.effects.append(ReleaseClocks(effect_id, node.node_id, instance.gpu_uuids, "no load data"))
+            turn.effects.append(ReleaseClocks(effect_id, node.node_id, instance.gpu_uuids, why))
+            if had.cap_w is not None:
+                turn.effects.append(ReleaseCaps(turn.effect_id(), node.node_id, instance.gpu_uuids, why))
             turn.decide(
                 Level.INSTANCE,
                 instance.instance_id,
                 "tick",
-                Reason.STALE_TELEMETRY,
-                f"{instance.instance_id} to full clock: no load was reported for {state.settings.hold_s:g} s.",
+                reason,
+                f"{instance.instance_id} to full clock: {why}.",
                 inputs={"current_mhz": had.mhz, "hold_s": state.settings.hold_s},
                 outcome={"mhz": state.profile.full_mhz, "gpu_uuids": list(instance.gpu_uuids)},
             )
-            state.clocks[instance.instance_id] = ChosenClock(None, Reason.STALE_TELEMETRY, turn.now.monotonic_s)
+            state.clocks[instance.instance_id] = ChosenClock(None, reason, turn.now.monotonic_s)
 
 
 def _mean_batches(turn: Turn) -> dict[tuple[str, int], float]:
@@ -304,59 +369,71 @@ def _mean_batches(turn: Turn) -> dict[tuple[str, int], float]:
     return {key: sum(held) / len(held) for key, held in batches.items()}
 
 
-def _choose(
+def _ask(
     turn: Turn,
     instance: InstanceObservation,
     pool_rates: Mapping[str, float] | None,
     weights: Mapping[str, float],
     shares: Mapping[str, float],
     batches: Mapping[tuple[str, int], float],
-) -> int | None:
-    """The clock for one instance, None for unlocked; records a decision when it changes."""
-    state, now_s = turn.state, turn.now.monotonic_s
+) -> ClockAsk:
+    """What is known of an instance's next seconds."""
+    state = turn.state
     pool = state.pool_of(instance)
     had = state.clocks.get(instance.instance_id)
     rate: float | None = None
     if instance.state is InstanceState.READY and pool_rates is not None and pool in pool_rates:
         weight = shares.get(instance.instance_id, 0.0)
         rate = pool_rates[pool] * weight / weights[pool] if weights.get(pool) else 0.0
-        if weight and weight == weights[pool]:
-            rate /= LONE_SHARE
     running = instance.running
     if running is not None and serving.serves(state, instance):
         running = batches.get((pool, instance.tp), running)
     load = InstanceLoad(rate, running, instance.waiting, instance.kv_usage_ratio)
-    full = state.profile.full_mhz
-    settings = ClockSettings(fill=state.settings.serve_fill)
-    choice = choose_clock(state.fit, pool, instance.tp, load, (had.mhz or full) if had else None, settings)
+    return ClockAsk(pool, instance.tp, load, (had.mhz or state.profile.full_mhz) if had else None)
+
+
+def _take(
+    turn: Turn, instance: InstanceObservation, ask: ClockAsk, choice: ClockChoice, settings: ClockSettings
+) -> int | None:
+    """The clock for one instance, None for unlocked; records a decision when it changes."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    had = state.clocks.get(instance.instance_id)
+    fit = caps.fit_of(state, instance)
+    if emergency.stage_of(state, ask.group).rank >= Stage.FULL_CLOCK.rank:
+        choice = at_full_clock(fit, ask.group, ask.tp, choice)
     standby = state.fit.standby(instance.tp)
-    if instance.instance_id in state.standby and standby is not None and not instance.running and not instance.waiting:
-        choice = ClockChoice(standby.mhz, Reason.IDLE, 0.0, standby.power_w, None, ())
-    mhz = choice.mhz if choice.mhz < full else None
-    if had is None or had.mhz != mhz or had.reason is not choice.reason:
-        _record(turn, instance, pool, load, had, choice)
-        state.clocks[instance.instance_id] = ChosenClock(mhz, choice.reason, now_s)
+    stands_by = (
+        instance.instance_id in state.standby and standby is not None and not instance.running and not instance.waiting
+    )
+    if stands_by and standby is not None:
+        choice = ClockChoice(standby.mhz, Reason.IDLE, 0.0, standby.power_w, None)
+    mhz = choice.mhz if choice.mhz < state.profile.full_mhz else None
+    if had is None or (had.mhz, had.cap_w) != (mhz, choice.cap_w) or had.reason is not choice.reason:
+        lost = () if stands_by else explain_clock(fit, ask, choice, settings)
+        _record(turn, instance, ask, had, choice, lost)
+        state.clocks[instance.instance_id] = ChosenClock(mhz, choice.reason, now_s, choice.cap_w)
     return mhz
 
 
 def _record(
     turn: Turn,
     instance: InstanceObservation,
-    pool: str,
-    load: InstanceLoad,
+    ask: ClockAsk,
     had: ChosenClock | None,
     choice: ClockChoice,
+    alternatives: tuple[ClockAlternative, ...],
 ) -> None:
-    state = turn.state
+    state, pool, load = turn.state, ask.group, ask.load
     plan = state.pools.get(pool)
     rates = state.load.rates_rps(turn.now.monotonic_s, state.settings.load_window_s)
     watts = f"{choice.predicted_power_w:.0f} W predicted" if choice.predicted_power_w is not None else "power unknown"
+    held = f"{choice.mhz} MHz" if choice.cap_w is None else f"a power cap of {choice.cap_w:.0f} W per GPU"
     turn.decide(
         Level.INSTANCE,
         instance.instance_id,
         "tick",
         choice.reason,
-        f"{instance.instance_id} (TP{instance.tp}, {pool}) to {choice.mhz} MHz: {_WHY[choice.reason]}, {watts}.",
+        f"{instance.instance_id} (TP{instance.tp}, {pool}) to {held}: {_WHY[choice.reason]}, {watts}.",
         inputs={
             "pool": pool,
             "tp": instance.tp,
@@ -365,10 +442,15 @@ def _record(
             "waiting": load.waiting,
             "kv_usage_ratio": load.kv_usage_ratio,
             "current_mhz": had.mhz if had else None,
+            **({"cap_w": caps.cap_w(state, instance)} if state.caps else {}),
             "class_rates_rps": rates_json(rates) if rates is not None else None,
             "profile": state.profile_checksum,
         },
-        outcome={"mhz": choice.mhz, "gpu_uuids": list(instance.gpu_uuids)},
+        outcome={
+            "mhz": choice.mhz,
+            "gpu_uuids": list(instance.gpu_uuids),
+            **({"cap_w": choice.cap_w} if choice.cap_w is not None else {}),
+        },
         alternatives=tuple(
             {
                 "mhz": other.mhz,
@@ -376,7 +458,7 @@ def _record(
                 "predicted_power_w": other.predicted_power_w,
                 "rejected": other.rejected,
             }
-            for other in choice.alternatives
+            for other in alternatives
             if other.rejected
         ),
         predicted_power_w=choice.predicted_power_w,
@@ -393,4 +475,5 @@ _WHY: Mapping[Reason, str] = {
     Reason.STALE_TELEMETRY: "its load is unknown",
     Reason.NO_PROFILE: "nothing was measured for this configuration",
     Reason.NOT_SERVING: "it serves nothing yet",
+    Reason.DEADLINES_AT_RISK: "requests that wait for its pool are about to miss their deadlines",
 }

@@ -104,7 +104,8 @@ class Journal:
             case EffectDone():
                 state = self._core.state
                 pending = state.solving.get(event.effect_id)
-                if pending is None and event.effect_id not in state.acting:
+                awaited = pending or event.effect_id in state.acting or event.effect_id in state.capping
+                if not awaited and all(node.effect_id != event.effect_id for node in state.powered.values()):
                     return  # nobody waits for it
                 solution = solution_json(event.solution, pending.problem) if pending and event.solution else None
                 self._catch_up()
@@ -217,7 +218,7 @@ def same_structure(before: NodeObservation, seen: NodeObservation) -> bool:
 
 
 def _structure(seen: NodeObservation) -> tuple[Any, ...]:
-    gpus = tuple((gpu.uuid, gpu.index, gpu.healthy) for gpu in seen.gpus)
+    gpus = tuple((gpu.uuid, gpu.index, gpu.healthy, gpu.limit_w, gpu.limits_w) for gpu in seen.gpus)
     instances = tuple(
         (i.instance_id, i.model, i.pool, i.gpu_uuids, i.state, i.endpoint, i.detail, i.step_seconds)
         for i in seen.instances
@@ -238,13 +239,13 @@ def with_live(seen: NodeObservation, values: list[list[float | None]]) -> NodeOb
 
 
 def node_json(seen: NodeObservation) -> Any:
-    """The whole observation but for the GPUs' readings."""
-    unread = tuple(
-        GpuObservation(g.uuid, g.index, g.healthy, power_w=None, energy_j=None, sm_mhz=None, locked_mhz=None)
-        for g in seen.gpus
-    )
+    """The whole observation but for the GPUs' readings; their power limits belong to it."""
     data = encode(NodeObservation, replace(seen, gpus=()))
-    data[2] = [[g.uuid, g.index, int(g.healthy)] for g in unread]
+    data[2] = [
+        [g.uuid, g.index, int(g.healthy)]
+        + ([] if g.limit_w is None and g.limits_w is None else [g.limit_w, list(g.limits_w) if g.limits_w else None])
+        for g in seen.gpus
+    ]
     return data
 
 
@@ -253,9 +254,16 @@ def node_from_json(data: Any) -> NodeObservation:
     return NodeObservation(
         node_id,
         observed_at_s,
-        tuple(GpuObservation(uuid, index, bool(healthy), None, None, None, None) for uuid, index, healthy in gpus),
+        tuple(_gpu(*item) for item in gpus),
         tuple(_instance(item) for item in instances),
     )
+
+
+def _gpu(
+    uuid: str, index: int, healthy: int, limit_w: float | None = None, limits_w: list[float] | None = None
+) -> GpuObservation:
+    span_w = (limits_w[0], limits_w[1]) if limits_w else None
+    return GpuObservation(uuid, index, bool(healthy), None, None, None, None, limit_w, span_w)
 
 
 def _instance(data: Any) -> InstanceObservation:
@@ -294,9 +302,15 @@ def load_line(report: LoadObservation, before: LoadObservation | None) -> Any:
     queues = (
         None
         if not whole and before is not None and before.queues == report.queues
-        else [[pool, q.waiting, q.in_flight, q.oldest_wait_s] for pool, q in report.queues.items()]
+        else [_queue_line(pool, queue) for pool, queue in report.queues.items()]
     )
     return [*head, int(whole), counts, queues]
+
+
+def _queue_line(pool: str, queue: QueueObservation) -> list[Any]:
+    """Without trouble, without what tells of it."""
+    line = [pool, queue.waiting, queue.in_flight, queue.oldest_wait_s]
+    return [*line, queue.at_risk, dict(queue.refused)] if queue.at_risk or queue.refused else line
 
 
 def load_from_line(data: Any, before: LoadObservation | None) -> LoadObservation:
@@ -309,7 +323,7 @@ def load_from_line(data: Any, before: LoadObservation | None) -> LoadObservation
             *(delta + (getattr(was, f) if was else 0) for f, delta in zip(_FIELDS, deltas, strict=True))
         )
     kept = before.queues if queues is None and before is not None else {}
-    asked = kept if queues is None else {pool: QueueObservation(w, i, o) for pool, w, i, o in queues}
+    asked = kept if queues is None else {pool: QueueObservation(*rest) for pool, *rest in queues}
     return LoadObservation(gateway_id, epoch, observed_at_s, model, classes, asked)
 
 

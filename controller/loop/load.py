@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from controller.domain.classes import RequestClass
 from controller.fleet.port import ClassCounters, LoadObservation, QueueObservation
@@ -34,6 +35,7 @@ class LoadWindow:
     end_s: float
     seconds: float
     classes: Mapping[RequestClass, ClassWindow]
+    refused: Mapping[str, int] = field(default_factory=dict)  # by pool, for whatever reason
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class LoadBook:
         if before is not None and report.observed_at_s < before.observed_at_s:
             return None  # overtaken by a later one: the counters already hold it
         self._last[report.gateway_id] = report
-        if before is None or before.epoch != report.epoch:
+        if before is None or before.epoch != report.epoch or _fell(before, report):
             return None
         seconds = report.observed_at_s - before.observed_at_s
         if seconds <= 0:
@@ -59,7 +61,12 @@ class LoadBook:
             counts = _difference(counters, past)
             if any((counts.arrived, counts.completed, counts.failed)):
                 classes[request_class] = counts
-        window = LoadWindow(report.gateway_id, report.observed_at_s, seconds, classes)
+        refused = {
+            pool: count
+            for pool, queue in report.queues.items()
+            if (count := _refused(queue) - (_refused(before.queues[pool]) if pool in before.queues else 0)) > 0
+        }
+        window = LoadWindow(report.gateway_id, report.observed_at_s, seconds, classes, refused)
         self.windows.append(window)
         while self.windows and self.windows[0].end_s < report.observed_at_s - self.keep_s:
             self.windows.popleft()
@@ -121,14 +128,46 @@ class LoadBook:
             if arrived and completed
         }
 
-    def queues(self) -> dict[str, QueueObservation]:
-        """Waiting requests per pool, summed over gateways."""
+    def refused(self, since_s: float) -> dict[str, int]:
+        """Requests refused per pool in the windows that ended later than `since_s`."""
+        counts: dict[str, int] = {}
+        for window in reversed(self.windows):
+            if window.end_s <= since_s:
+                break
+            for pool, count in window.refused.items():
+                counts[pool] = counts.get(pool, 0) + count
+        return counts
+
+    def queues(self, now_s: float = 0.0, max_age_s: float = inf) -> dict[str, QueueObservation]:
+        """Waiting requests per pool, summed over the gateways whose last report is no older than `max_age_s`."""
         summed: dict[str, QueueObservation] = {}
         for report in self._last.values():
+            if now_s - report.observed_at_s > max_age_s:
+                continue
             for pool, queue in report.queues.items():
                 have = summed.get(pool)
                 summed[pool] = queue if have is None else _add(have, queue)
         return summed
+
+
+def _fell(before: LoadObservation, report: LoadObservation) -> bool:
+    """A counter that is lower than it was is another counter, whatever the epoch says: there is no negative load."""
+    return any(
+        min(_values(counters)) < 0 or any(a < b for a, b in zip(_values(counters), _values(past), strict=True))
+        for request_class, counters in report.classes.items()
+        for past in (before.classes.get(request_class, ZERO),)
+    )
+
+
+def _values(counters: ClassCounters) -> tuple[int, ...]:
+    return (
+        counters.arrived,
+        counters.completed,
+        counters.failed,
+        counters.in_slo,
+        counters.input_tokens,
+        counters.output_tokens,
+    )
 
 
 def _difference(now: ClassCounters, past: ClassCounters) -> ClassWindow:
@@ -142,5 +181,18 @@ def _difference(now: ClassCounters, past: ClassCounters) -> ClassWindow:
     )
 
 
+def _refused(queue: QueueObservation) -> int:
+    return sum(queue.refused.values())
+
+
 def _add(a: QueueObservation, b: QueueObservation) -> QueueObservation:
-    return QueueObservation(a.waiting + b.waiting, a.in_flight + b.in_flight, max(a.oldest_wait_s, b.oldest_wait_s))
+    return QueueObservation(
+        a.waiting + b.waiting,
+        a.in_flight + b.in_flight,
+        max(a.oldest_wait_s, b.oldest_wait_s),
+        a.at_risk + b.at_risk,
+        {
+            reason: a.refused.get(reason, 0) + b.refused.get(reason, 0)
+            for reason in sorted(a.refused.keys() | b.refused.keys())
+        },
+    )

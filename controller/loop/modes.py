@@ -11,12 +11,15 @@ from dataclasses import replace
 from controller.domain.layout import Layout, PlannedInstance
 from controller.domain.reasons import Mode
 from controller.fleet.port import (
+    ApplyCaps,
     ApplyClocks,
     ClockTarget,
     DrainInstance,
     Effect,
     InstanceState,
+    PowerNode,
     PublishRouting,
+    ReleaseCaps,
     ReleaseClocks,
     Solve,
 )
@@ -78,7 +81,8 @@ def allowed(state: State, effects: list[Effect]) -> list[Effect]:
     kept: list[Effect] = []
     for effect in effects:
         match effect:
-            case Solve() | PublishRouting():
+            # Caps and nodes: loop/budget.py and loop/provision.py mind the modes.
+            case Solve() | PublishRouting() | ApplyCaps() | ReleaseCaps() | PowerNode():
                 kept.append(effect)
             case ApplyClocks():
                 targets = tuple(t for t in effect.targets if _may_lock(state, t, pool_of_gpu, effect.node_id))

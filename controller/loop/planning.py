@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import sqrt
 
 from controller.domain.classes import ALL_CLASSES, RequestClass
 from controller.domain.decision import Json, SolverReport
 from controller.domain.layout import Layout
 from controller.fleet.port import HOLDS_GPUS, InstanceState
+from controller.loop import caps
 from controller.loop.state import Instant, State
 from controller.policy.forecast import ForecastSettings, LoadWindow, RateForecast, combine, forecast
 from controller.policy.idle import LONE_SHARE, keep_s
@@ -135,13 +135,24 @@ def build_problem(
     partitions: Iterable[tuple[str, ...]],
     gpus: int,
     horizon_s: float,
+    others_w: float = 0.0,
 ) -> PlanProblem:
-    """The MILP over `gpus` for each partition; pools ask for the forecast at the quantile, divided by the fill."""
+    """The MILP over `gpus` for each partition; pools ask for the forecast at the quantile, divided by the fill. Under a
+    power budget, of which `others_w` are left to other pools, a reserve is kept no longer."""
     settings = state.settings
     partitions = tuple(partitions)
     demands = tuple(
         _within(state, gpus, [_pool_demand(state, now, demand, pool) for pool in pools]) for pools in partitions
     )
+    room_w = caps.planning_w(state, now.monotonic_s)
+    if room_w is not None:
+        demands = tuple(
+            tuple(
+                PoolDemand(asking.pool, forecast_rps, asking.min_instances)
+                for asking, forecast_rps in (_pool_demand(state, now, demand, pool) for pool in pools)
+            )
+            for pools in partitions
+        )
     named = {pool for pools in partitions for pool in pools}
     current = {key: n for key, n in state.layout.counts().items() if key[0] in named}
     # Where the present layout is too small, what it has must not first make room for what would be better.
@@ -161,7 +172,21 @@ def build_problem(
         current=current,
         keep_current=not carries,
         start_j={tp: state.start_j(tp) for tp in state.profile.tps},
+        retire_j={tp: state.retire_j(tp) for tp in state.profile.tps},
+        host_share_w=settings.host_share_w,
+        budget_w=None if room_w is None else max(0.0, room_w - others_w),
+        cap_floor_w=0.0 if room_w is None else state.settings.cap_range_w[0],
     )
+
+
+def needed_gpus(state: State, now: Instant, demand: Demand, pools: Iterable[str]) -> float:
+    """GPUs that the pools' demand asks for with all its reserves, were there as many as one likes."""
+    total = 0.0
+    for pool in pools:
+        asking, _ = _pool_demand(state, now, demand, pool)
+        densest = max((state.fit.max_rate_rps(pool, tp) / tp for tp in state.profile.tps), default=0.0)
+        total += asking.rate_rps / densest if densest > 0 else 0.0
+    return total / RESERVED_GPUS
 
 
 def _within(state: State, gpus: int, asked: list[tuple[PoolDemand, float]]) -> tuple[PoolDemand, ...]:
@@ -195,10 +220,25 @@ def _pool_demand(state: State, now: Instant, demand: Demand, pool: str) -> tuple
     if not settings.knobs.standby:
         return PoolDemand(pool, rate_rps / settings.fill, least), rate_rps / settings.fill
     tp = max(state.profile.tps, key=lambda tp: state.fit.max_rate_rps(pool, tp) / tp)
-    peak_rps = _peak_rps(state, now, pool, demand.mean_tokens, keep_s(state.fit, pool, tp, state.start_j(tp)))
+    kept_s = keep_s(state.fit, pool, tp, state.start_j(tp), settings.host_share_w, settings.host_cycle_s)
+    peak_rps = _peak_rps(state, now, pool, demand.mean_tokens, kept_s)
     reserve_rps = (max(rate_rps, peak_rps) + burst_rps(state, now, pool, demand.mean_tokens)) / settings.reserve_fill
     expected_rps = demand.expected_rps(state, pool) / settings.serve_fill
     return PoolDemand(pool, reserve_rps, least, expected_rps), rate_rps / settings.fill
+
+
+def outgrown(state: State, now: Instant) -> list[str]:
+    """Pools whose plan would not carry what the forecast asks of it, by name."""
+    demand = expected_demand(state, now, state.settings.look_ahead_s)
+    if demand is None or demand.cold:
+        return []
+    found = []
+    for pool, plan in sorted(state.pools.items()):
+        asked, _ = _pool_demand(state, now, demand, pool)
+        capacity_rps = sum(n * state.fit.max_rate_rps(pool, tp) for tp, n in plan.counts.items())
+        if plan.carries and 0 < capacity_rps < asked.rate_rps:
+            found.append(pool)
+    return found
 
 
 def burst_rps(state: State, now: Instant, pool: str, mean_tokens: Mapping[RequestClass, tuple[float, float]]) -> float:
@@ -207,10 +247,10 @@ def burst_rps(state: State, now: Instant, pool: str, mean_tokens: Mapping[Reques
     bins = _binned_rps(state, now, pool, mean_tokens, BURST_PAST_S, BURST_S)
     if len(bins) < LEAST_BURST_SPANS:
         return 0.0
-    rates = [bins.get(number, 0.0) for number in range(max(bins) + 1)]
-    mean_rps = sum(rates) / len(rates)
-    # From one to the next, so that what changes slowly is no burst.
-    variance = sum((b - a) ** 2 for a, b in pairwise(rates)) / (len(rates) - 1) / 2
+    mean_rps = sum(bins.values()) / len(bins)
+    # From one to the next, so that what changes slowly is no burst. Over a gap nothing is known or compared.
+    steps = [(bins[number] - bins[number + 1]) ** 2 for number in bins if number + 1 in bins]
+    variance = sum(steps) / max(1, len(steps)) / 2
     excess = variance - INDEPENDENT * mean_rps / BURST_S
     return state.settings.burst_deviations * sqrt(max(0.0, excess))
 
@@ -230,7 +270,10 @@ def _binned_rps(
     past_s: float,
     bin_s: float,
 ) -> dict[int, float]:
-    """Means of a pool's equivalent requests/s over spans of `bin_s`, by their number from now backwards."""
+    """Means of a pool's equivalent requests/s over spans of `bin_s`, by their number from now backwards.
+
+    They are spans of a fixed grid: cut back from now, a past peak would be another one at every look."""
+    last = now.monotonic_s // bin_s
     weights = {
         request_class: state.profile.request_weight(pool, request_class, mean_tokens.get(request_class))
         for request_class in state.profile.group(pool).classes
@@ -239,7 +282,7 @@ def _binned_rps(
     for windows in state.load.by_gateway(now.monotonic_s, past_s).values():
         counted: dict[int, list[float]] = {}
         for window in windows:
-            span = counted.setdefault(int((now.monotonic_s - window.end_s) // bin_s), [0.0, 0.0])
+            span = counted.setdefault(int(last - window.end_s // bin_s), [0.0, 0.0])
             span[0] += sum(weights[c] * counts.arrived for c, counts in window.classes.items() if c in weights)
             span[1] += window.seconds
         for number, (arrived, seconds) in counted.items():
@@ -287,8 +330,11 @@ def problem_json(problem: PlanProblem) -> Json:
         ],
         "current": counts_json(problem.current),
         "keep_current": problem.keep_current,
+        **({"host_share_w": round(problem.host_share_w, 3)} if problem.host_share_w else {}),
+        "retire_j": {str(tp): round(joules, 3) for tp, joules in sorted(problem.retire_j.items())},
         "start_j": {str(tp): round(joules, 3) for tp, joules in sorted(problem.start_j.items())},
         "columns": len(problem.columns),
+        **({} if problem.budget_w is None else {"budget_w": round(problem.budget_w, 3)}),
     }
 
 
@@ -380,8 +426,15 @@ def margin(load_ratio: float) -> float | None:
 def lay_out(state: State, now: Instant) -> Placed:
     """Places the pools' wanted counts and makes the result the wanted layout."""
     nodes = state.placeable_nodes(now.monotonic_s)
+    settings = state.settings
     placed = place(
-        wanted_counts(state), state.settings.model, state.layout, _held(state, now), nodes, state.new_instance_id
+        wanted_counts(state),
+        settings.model,
+        state.layout,
+        _held(state, now),
+        nodes,
+        state.new_instance_id,
+        settings.min_instances if settings.hosts_off else None,
     )
     if placed.layout != state.layout:
         state.layout = placed.layout

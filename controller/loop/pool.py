@@ -11,6 +11,8 @@ from dataclasses import replace
 
 from controller.domain.reasons import Level, Reason
 from controller.fleet.port import Solve
+from controller.loop import budget, caps
+from controller.loop.foresight import foresight_json
 from controller.loop.planning import (
     build_problem,
     counts_json,
@@ -31,7 +33,7 @@ from controller.loop.planning import (
 from controller.loop.state import PendingSolve, Turn, plan_json
 from controller.policy.milp.fallback import fall_back
 from controller.policy.milp.problem import PlanSolution
-from controller.policy.stabilise import StabiliseSettings, judge, price, starts_needed
+from controller.policy.stabilise import StabiliseSettings, judge, price, retirements_needed, starts_needed
 
 
 def tick(turn: Turn, pool: str, trigger: str) -> None:
@@ -40,15 +42,18 @@ def tick(turn: Turn, pool: str, trigger: str) -> None:
     may_plan = state.settings.knobs.instances or (state.settings.knobs.sharding and bool(state.settings.fixed))
     if not may_plan or any(pending.pool == pool for pending in state.solving.values()):
         return
-    demand = expected_demand(state, now, state.settings.pool_s)
+    demand = expected_demand(state, now, state.settings.look_ahead_s)
     if demand is None:
         return  # the cluster manager says so in its own decision
     effect_id = turn.effect_id()
+    others_w = caps.others_w(state, pool, state.usable_gpus(now.monotonic_s)) if state.budgets else 0.0
     problem = build_problem(
-        state, now, effect_id, demand, ((pool,),), state.pools[pool].granted_gpus, state.settings.pool_s
+        state, now, effect_id, demand, ((pool,),), state.pools[pool].granted_gpus, state.settings.pool_s, others_w
     )
     inputs = {"demand": demand.json(), "problem": problem_json(problem), "profile": state.profile_checksum}
-    state.solving[effect_id] = PendingSolve(Level.POOL, pool, trigger, problem, inputs, demand.cold)
+    state.solving[effect_id] = PendingSolve(
+        Level.POOL, pool, trigger, problem, inputs, demand.cold, state.budget_version
+    )
     turn.effects.append(Solve(effect_id, problem))
 
 
@@ -63,10 +68,10 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
     counts = dict(fallback.counts if fallback else chosen.counts if chosen else {})
     demand, expected = demand_by_pool(problem, [pool]), expected_by_pool(problem, [pool])
     present_counts = {(pool, tp): n for tp, n in plan.counts.items()}
-    present = price(state.fit, present_counts, demand, problem.gpus, expected)
-    candidate = price(state.fit, counts, demand, problem.gpus, expected)
+    present = price(state.fit, present_counts, demand, problem.gpus, expected, problem.host_share_w)
+    candidate = price(state.fit, counts, demand, problem.gpus, expected, problem.host_share_w)
     over_grant = sum(tp * n for (_, tp), n in present_counts.items()) > problem.gpus
-    verdict = judge(
+    verdict = budget.judge(state, problem, solution, present_counts, demand) or judge(
         present,
         candidate,
         starts_needed(problem.current, counts),
@@ -75,6 +80,8 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
         now.monotonic_s - state.layout_changed_s,
         pending=transition_pending(state, pool),
         settings=StabiliseSettings(dwell_s=state.settings.min_dwell_s),
+        retired=retirements_needed(problem.current, counts),
+        retire_j=problem.retire_j,
     )
     reason, sentence, accept = verdict.reason, verdict.sentence, verdict.accept
     same = counts_json(counts) == counts_json(present_counts)
@@ -90,6 +97,9 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
     if fallback:
         # With the grant too small, the most that it can carry is right, unless that is what already stands.
         reason, sentence, accept = fallback.reason, fallback.sentence, not same
+        if problem.budget_w is not None:
+            accept, reason = False, Reason.BUDGET_UNREACHABLE
+            sentence = f"No layout stands within {problem.budget_w:.0f} W, even without load."
     if same and not fallback:
         reason, accept = Reason.PLAN_KEPT, False
     if accept:
@@ -120,6 +130,8 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
             "counts": counts_json(counts if accept else present_counts),
             "missing": counts_json(placed.missing) if placed else {},
             "judged": judged_json(present, candidate, verdict),
+            "foresight": foresight_json(state, solution, counts if accept else present_counts, expected or demand),
+            **budget.served_json(problem, solution),
             **({"plan": plan_json(state)} if accept else {}),
         },
         alternatives=tuple(alternatives),

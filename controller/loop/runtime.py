@@ -22,35 +22,46 @@ from common.logs import get_logger
 from controller.api.routing_hub import RoutingHub
 from controller.domain.classes import RequestClass
 from controller.domain.decision import Decision
+from controller.domain.layout import Layout
 from controller.domain.reasons import Level
+from controller.fleet.engines import EngineWatch
 from controller.fleet.grpc import AgentClient
 from controller.fleet.port import (
+    ApplyCaps,
     ApplyClocks,
+    CapTarget,
     ClockTarget,
     DrainInstance,
     Effect,
     EffectDone,
     Event,
+    InstanceState,
     LoadSeen,
     NodeEffect,
     NodeObservation,
     NodeSeen,
+    PowerNode,
     PublishRouting,
+    ReleaseCaps,
     ReleaseClocks,
     Solve,
     StartInstance,
     StopInstance,
     Tick,
 )
+from controller.fleet.provisioner import PowerHook
 from controller.loop.accounting import EnergyBook
 from controller.loop.history import OutcomeBook, TransitionLog, WindowBook
 from controller.loop.journal import JournaledCore
 from controller.loop.latency import ClassLatency, LatencyBook
 from controller.loop.load import LoadBook
-from controller.loop.orders import CLUSTER_SCOPE, Order, SetMode
+from controller.loop.measured import PowerBook
+from controller.loop.orders import CLUSTER_SCOPE, NoteEngines, Order, SetMode, SetPowerBudget
 from controller.loop.planning import counts_json, transition_pending
+from controller.loop.profile_in_use import curves_of
 from controller.loop.state import Instant, State
 from controller.policy.milp.model import solve
+from controller.policy.provision import NodePower
 from controller.store.records import ActionKind, ActionRecord, NodeRecord, OrderKind, OrderRecord, PlanRecord, Record
 
 _log = get_logger(__name__)
@@ -58,10 +69,16 @@ _log = get_logger(__name__)
 _KINDS: dict[type[Effect], ActionKind] = {
     ApplyClocks: ActionKind.APPLY_CLOCKS,
     ReleaseClocks: ActionKind.RELEASE_CLOCKS,
+    ApplyCaps: ActionKind.APPLY_CAPS,
+    ReleaseCaps: ActionKind.RELEASE_CAPS,
+    PowerNode: ActionKind.POWER_NODE,
     StartInstance: ActionKind.START_INSTANCE,
     DrainInstance: ActionKind.DRAIN_INSTANCE,
     StopInstance: ActionKind.STOP_INSTANCE,
 }
+
+
+_ENGINES_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +112,7 @@ class Runtime:
         on_decision: Callable[[Decision], None] = lambda _: None,
         keeper: Keeper | None = None,
         on_tick: Callable[[Level, float], None] = lambda _, __: None,
+        hook: PowerHook | None = None,
     ) -> None:
         settings, term = core.state.settings, core.state.term
         self._core = core
@@ -104,6 +122,7 @@ class Runtime:
         self._clock = clock
         self._on_decision = on_decision
         self._keeper = keeper
+        self._hook = hook
         self._on_tick = on_tick
         self._due_s: dict[Level, float] = {}
         self._events: asyncio.Queue[Event | _Ordered] = asyncio.Queue()
@@ -112,6 +131,10 @@ class Runtime:
         self._energy = EnergyBook(core.state.pool_of)
         self._outcomes = OutcomeBook(max(60.0, settings.instance_s))
         self._latencies = LatencyBook()
+        self._measured = PowerBook(curves_of(settings, core.state.profile), telemetry_window_s)
+        self._engines = EngineWatch(core.state.profile.engine)
+        self._engines_asked_s = 0.0
+        self._powered: dict[str, NodePower] = {}
         self._noted: dict[str, int] = {}  # nodes in the history, with the GPUs they had
         self._reports = LoadBook(keep_s=telemetry_window_s)
         self._transitions = TransitionLog(term, settings.model)
@@ -119,7 +142,7 @@ class Runtime:
         self._solvers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="solver")
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_said: dict[Level, str] = {}
-        self._last_asked: dict[str, tuple[ClockTarget, ...]] = {}
+        self._last_asked: dict[tuple[str, str], tuple[ClockTarget | CapTarget, ...]] = {}
         self.missed_ticks = 0
 
     @property
@@ -135,7 +158,7 @@ class Runtime:
     ) -> None:
         """Keeps who gave an order; returns when the core has taken it."""
         self._orders += 1
-        scope = order.scope if isinstance(order, SetMode) else CLUSTER_SCOPE
+        scope = order.scope if isinstance(order, SetMode | SetPowerBudget) else CLUSTER_SCOPE
         now_s = self._clock.wall_s()
         self._write([OrderRecord(self.state.term, self._orders, now_s, kind, scope, value, who, why, until_s)])
         _log.info("order", kind=str(kind), scope=scope, value=value, who=who, why=why)
@@ -205,7 +228,7 @@ class Runtime:
     async def _work(self) -> None:
         while True:
             event = await self._events.get()
-            before = counts_json(self.state.layout.counts())
+            before = self.state.layout
             if isinstance(event, _Ordered):
                 step = self._core.order(self._now(), event.order)
                 if event.taken is not None and not event.taken.done():
@@ -215,6 +238,7 @@ class Runtime:
                 step = self._core.handle(self._now(), event)
             for decision in step.decisions:
                 self._take_decision(decision, before)
+            self._note_power()
             for effect in step.effects:
                 self._begin(effect)
             if isinstance(event, Tick):
@@ -226,9 +250,12 @@ class Runtime:
     def _observe(self, event: Event) -> None:
         match event:
             case NodeSeen():
+                routed = {item.instance_id: self.state.pool_of(item) for item in event.observation.instances}
+                self._measured.observe(event.observation, routed)
                 for entry in self._energy.add(event.observation):
                     self._windows.add(entry)
                     self._outcomes.add(entry)
+                    self._measured.spent(entry)
                 self._note_node(event.observation)
             case LoadSeen() if event.observation.model == self.state.settings.model:
                 window = self._reports.add(event.observation)
@@ -253,7 +280,7 @@ class Runtime:
             address = agent.address if agent is not None else ""
             self._write([NodeRecord(seen.node_id, self._clock.wall_s(), len(seen.gpus), address)])
 
-    def _take_decision(self, decision: Decision, before: dict[str, int]) -> None:
+    def _take_decision(self, decision: Decision, before: Layout) -> None:
         self._write([decision, *self._outcomes.decided(decision, self._now())])
         self._on_decision(decision)
         plan = decision.outcome.get("plan")
@@ -261,9 +288,9 @@ class Runtime:
             self._write(
                 [PlanRecord(decision.term, decision.number, decision.decided_at_s, self.state.layout, plan["pools"])]
             )
-            after = counts_json(self.state.layout.counts())
-            if after != before:
-                self._write(self._transitions.began(decision, self._now(), before, after))
+            was, after = (counts_json(layout.counts()) for layout in (before, self.state.layout))
+            if after != was:
+                self._write(self._transitions.began(decision, self._now(), was, after))
         # One sentence per decision of the slow levels; the fast one is said only when it is new.
         if decision.level is not Level.INSTANCE or self._last_said.get(decision.level) != decision.sentence:
             _log.info(decision.sentence, manager=str(decision.level))
@@ -274,6 +301,31 @@ class Runtime:
             self._write(self._transitions.settled(self._now()))
         self._write(self._windows.close_due(self._now()))
         self._write(self._outcomes.close_due(self._now()))
+        now_s, state = self._clock.monotonic_s(), self.state
+        correction = self._measured.close_due(now_s, state.corrections, frozenset(state.drifted))
+        if correction is not None:
+            self._events.put_nowait(_Ordered(correction, None))
+        if now_s - self._engines_asked_s >= _ENGINES_EVERY_S:
+            self._engines_asked_s = now_s
+            self._spawn(self._look_at_engines())
+
+    async def _look_at_engines(self) -> None:
+        seen = self.state.instances().values()
+        ready = {i.instance_id: i.endpoint for _, i in seen if i.state is InstanceState.READY and i.endpoint}
+        foreign = await self._engines.look(ready)
+        # With no engine left to ask, what was found stands.
+        if ready and foreign != self.state.foreign_engines:
+            self._events.put_nowait(_Ordered(NoteEngines(foreign), None))
+
+    def _note_power(self) -> None:
+        """A node that is off must not be taken for lost by the next controller."""
+        for node_id, powered in self.state.powered.items():
+            if self._powered.get(node_id) is not powered.power:
+                self._powered[node_id] = powered.power
+                agent = self._agents.get(node_id)
+                gpus, address = self._noted.get(node_id, 0), agent.address if agent is not None else ""
+                self._write([NodeRecord(node_id, self._clock.wall_s(), gpus, address, {"power": powered.power.value})])
+                _log.info("node_power", node=node_id, power=powered.power.value)
 
     def _begin(self, effect: Effect) -> None:
         match effect:
@@ -301,6 +353,9 @@ class Runtime:
         agent = self._agents.get(effect.node_id)
         if self._keeper is not None and not self._keeper.sure:
             done = EffectDone(effect.effect_id, ok=False, detail="not sent: this controller may no longer lead")
+        elif isinstance(effect, PowerNode):
+            wrong = await self._hook.run(effect.node_id, effect.on) if self._hook else "no hook is configured"
+            done = EffectDone(effect.effect_id, ok=not wrong, detail=wrong)
         elif agent is None:
             done = EffectDone(effect.effect_id, ok=False, detail=f"no agent {effect.node_id} is configured")
         else:
@@ -308,10 +363,11 @@ class Runtime:
         if self._keeper is not None and not done.ok and "no longer the leader" in done.detail:
             self._keeper.superseded()
         self.sink(done)
-        if done.ok and isinstance(effect, ApplyClocks):
-            if self._last_asked.get(effect.node_id) == effect.targets:
+        if done.ok and isinstance(effect, ApplyClocks | ApplyCaps):
+            kind = type(effect).__name__, effect.node_id
+            if self._last_asked.get(kind) == effect.targets and not getattr(effect, "protects", False):
                 return  # a mere renewal: history keeps changes
-            self._last_asked[effect.node_id] = effect.targets
+            self._last_asked[kind] = effect.targets
         self._write([_action(self.state.term, effect, done, started_at_s, time.monotonic() - started)])
         if not done.ok:
             _log.warning("effect_failed", kind=_KINDS[type(effect)].value, node=effect.node_id, detail=done.detail)
@@ -348,7 +404,7 @@ def _action(term: int, effect: NodeEffect, done: EffectDone, started_at_s: float
         asked.pop(key, None)
     gpus = (
         sum(len(target.gpu_uuids) for target in effect.targets)
-        if isinstance(effect, ApplyClocks)
+        if isinstance(effect, ApplyClocks | ApplyCaps)
         else len(getattr(effect, "gpu_uuids", ()))
     )
     return ActionRecord(

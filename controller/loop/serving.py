@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Mapping
 
 from controller.domain.classes import ALL_CLASSES, RequestClass
-from controller.domain.reasons import Level, Reason
+from controller.domain.reasons import Level, Mode, Reason, Stage
 from controller.fleet.port import InstanceObservation, InstanceState
-from controller.loop import modes
+from controller.loop import emergency, modes
 from controller.loop import pool as pool_manager
-from controller.loop.planning import BURST_PAST_S, burst_rps
+from controller.loop.caps import fit_of_pool
+from controller.loop.planning import BURST_PAST_S, burst_rps, outgrown
 from controller.loop.state import PoolPlan, State, Turn
 from controller.policy.idle import Serving, choose_serving
 from controller.policy.routing import pools_for
@@ -69,12 +70,15 @@ def with_bursts(turn: Turn, rates: Mapping[str, float] | None) -> dict[str, floa
 def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
     """Chooses for the time until the next tick, for the larger of the load just now (`rates`) and over the last minute:
     more serve soon, fewer later. Where the load is unknown, or requests wait for room, all serve, and so does whatever
-    is not to be touched."""
+    is not to be touched. In an emergency all serve, and the pool manager is asked for more."""
     state, now_s = turn.state, turn.now.monotonic_s
     if not state.settings.knobs.standby:
         return
+    if state.foreign_engines:  # nobody knows what an instance carries
+        state.standby = set()
+        return
     steady = pool_rates(turn, state.settings.serve_window_s)
-    queues = state.load.queues()
+    queues = state.load.queues(now_s, state.settings.stale_s)
     ready: dict[str, list[InstanceObservation]] = {}
     for node_id, instance in state.instances().values():
         if (
@@ -84,13 +88,22 @@ def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
             and modes.may_touch(state, state.pool_of(instance), node_id)
         ):
             ready.setdefault(state.pool_of(instance), []).append(instance)
+    crowd = _fullest_first(state) if state.settings.hosts_off else {}
     standby: set[str] = set()
     for pool, plan in sorted(state.pools.items()):
         waiting = queues[pool].waiting if pool in queues else 0
-        if rates is None or steady is None or pool not in rates or waiting:
+        if rates is None or steady is None or pool not in rates:
             continue
         rate_rps = max(rates[pool], steady[pool] + state.burst_rps.get(pool, 0.0))
-        mine = sorted(ready.get(pool, ()), key=lambda i: (i.instance_id in state.standby, i.instance_id))
+        if emergency.stage_of(state, pool) is not Stage.NONE:
+            _ask_for_more(turn, pool, plan, rate_rps)
+            continue
+        if waiting:
+            continue
+        mine = sorted(
+            ready.get(pool, ()),
+            key=lambda i: (i.instance_id in state.standby, crowd.get(i.instance_id, 0), i.instance_id),
+        )
         there = Counter(instance.tp for instance in mine)
         now = Counter(instance.tp for instance in mine if instance.instance_id not in state.standby)
         choice = _choice(state, pool, there, rate_rps, now)
@@ -107,19 +120,42 @@ def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
     state.standby = standby
 
 
+def look_ahead(turn: Turn) -> None:
+    """Between two plans of a pool: where the forecast has outgrown the last one, the next is made now."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    if not state.settings.knobs.instances or now_s - state.looked_ahead_s < state.settings.look_ahead_s:
+        return
+    state.looked_ahead_s = now_s
+    for pool in outgrown(state, turn.now):
+        if state.mode_of(pool, "") is not Mode.PAUSED and not state.budgets:
+            pool_manager.tick(turn, pool, "load")
+
+
+def _fullest_first(state: State) -> dict[str, int]:
+    """By instance: the GPUs in use on its node, as a negative number. Who stands by does so where the most is empty,
+    so that a whole host can go."""
+    seen = state.instances()
+    used = Counter[str]()
+    for node_id, instance in seen.values():
+        used[node_id] += instance.tp
+    return {instance_id: -used[node_id] for instance_id, (node_id, _) in seen.items()}
+
+
 def _choice(
     state: State, pool: str, counts: Mapping[int, int], rate_rps: float, current: Mapping[int, int] | None = None
 ) -> Serving:
     settings = state.settings
     return choose_serving(
-        state.fit, pool, counts, rate_rps, settings.serve_fill, max(1, settings.min_instances), current
+        fit_of_pool(state, pool), pool, counts, rate_rps, settings.serve_fill, max(1, settings.min_instances), current
     )
 
 
 def _ask_for_more(turn: Turn, pool: str, plan: PoolPlan, rate_rps: float) -> None:
     """A pool whose planned instances do not carry the load either is planned anew now, not at its next period."""
     state, now_s = turn.state, turn.now.monotonic_s
-    soon = now_s - state.asked_s.get(pool, float("-inf")) < state.settings.load_window_s
+    # What a budget does not allow is not allowed a moment later either.
+    pause_s = state.settings.pool_s if state.budgets else state.settings.load_window_s
+    soon = now_s - state.asked_s.get(pool, float("-inf")) < pause_s
     if not soon and not _choice(state, pool, plan.counts, rate_rps).carries:
         state.asked_s[pool] = now_s
         pool_manager.tick(turn, pool, "load")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from controller.domain.classes import DEFAULT_GROUPS, DEFAULT_PARTITIONS, ClassGroup, RequestClass
+from controller.policy.provision import ProvisionSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Knobs:
     sharding: bool = True  # use other tensor parallelism than the widest
     clocks: bool = True  # lock clocks
     standby: bool = True  # let instances that the load does not need stand by, loaded and without requests
+    emergency: bool = True  # climb the emergency ladder when waiting requests are about to miss their deadlines
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +38,17 @@ class LoopSettings:
     quantile: float = 0.95
     fill: float = 0.85
     # Memory of the forecast's level and trend: load this old counts half.
-    forecast_half_life_s: float = 120.0
+    forecast_half_life_s: float = 300.0
     # What a start is priced at before any was measured.
     start_s: float = 180.0
     min_dwell_s: float = 60.0
     max_starts_at_once: int = 4
     # The same share where instances may stand by: a reserve costs little then, and a load that rises faster than an
     # instance starts finds it.
-    reserve_fill: float = 0.75
+    reserve_fill: float = 0.85
+    # How often the forecast is held against what is planned, between two plans: what would not carry it is planned anew
+    # at once. So a plan must carry the load only for this long, and for a start.
+    look_ahead_s: float = 60.0
     # Share of its largest load in SLO that an instance is filled to before one more is taken from standby, or a higher
     # clock is chosen. That load keeps a margin below the measured knee already (profile/fit.py).
     serve_fill: float = 1.0
@@ -68,6 +73,26 @@ class LoopSettings:
     # Empty: one pool over every GPU, as SinglePool.
     fixed: Mapping[str, int] = field(default_factory=dict)
     knobs: Knobs = field(default_factory=Knobs)
+    # The configured nodes, so that one that was never seen counts in a budget; and named sets of them with budgets of
+    # their own, as behind one breaker.
+    node_ids: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # What a host is taken to draw beside its GPUs, and the range of power caps of GPUs that do not tell theirs.
+    host_w: float = 0.0
+    # Somebody switches empty hosts off: instances gather on few of them, and hosts weigh in plans. An emptied one still
+    # draws for `host_cycle_s` in all, before it is down and while it comes up again.
+    hosts_off: bool = False
+    host_cycle_s: float = 840.0
+    # From the decision to retire an instance until its GPUs are parked: it drains and stops.
+    retire_s: float = 30.0
+    cap_range_w: tuple[float, float] = (200.0, 700.0)
+    # Turning nodes off and on; None: they stay on.
+    provision: ProvisionSettings | None = None
+
+    @property
+    def host_share_w(self) -> float:
+        """What a GPU that is held costs besides its own watts, per GPU of a host."""
+        return self.host_w / self.gpus_per_node if self.hosts_off else 0.0
 
     def __post_init__(self) -> None:
         if 3 * self.instance_s > self.lease_ttl_s:

@@ -14,11 +14,12 @@ from typing import Any, get_type_hints
 
 from common.typed_json import decode, encode
 from controller.domain.decision import canonical_json
+from controller.loop.profile_in_use import refit
 from controller.loop.settings import LoopSettings
 from controller.loop.state import State
 
-# Made anew from settings and profile by the core's constructor.
-DERIVED = frozenset({"settings", "profile", "profile_checksum", "fit", "columns"})
+# Made anew from settings and profile.
+DERIVED = frozenset({"settings", "profile", "profile_checksum", "fit", "columns", "capped_fits"})
 
 
 def take(state: State, expected_nodes: int) -> Callable[[], str]:
@@ -56,6 +57,8 @@ def restore(state: State, data: dict[str, Any]) -> None:
         raise ValueError(f"a snapshot of another version: {sorted(names ^ set(data['state']))} differ")
     for name, value in data["state"].items():
         setattr(state, name, decode(hints[name], value))
+    if state.corrections:
+        refit(state)
 
 
 def _copied(value: Any) -> Any:

@@ -18,7 +18,9 @@ from controller.fleet.port import Effect, InstanceObservation, InstanceState, No
 from controller.loop.load import LoadBook
 from controller.loop.orders import NODE_PREFIX, POOL_PREFIX, most_cautious
 from controller.loop.settings import LoopSettings
+from controller.policy.emergency import Ladder
 from controller.policy.milp.problem import Column, PlanProblem
+from controller.policy.provision import NodePower
 from controller.profile.fit import ProfileFit
 from controller.profile.table import Profile
 
@@ -49,6 +51,7 @@ class ChosenClock:
     mhz: int | None  # None: unlocked
     reason: Reason
     at_s: float
+    cap_w: float | None = None  # of each GPU, where that was measured to draw less than any lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,49 @@ class PendingSolve:
     problem: PlanProblem
     inputs: Json
     cold: bool
+    budget_version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Watts for a scope, until a wall time; None: until it is lifted."""
+
+    watts: float
+    until_s: float | None
+
+
+@dataclass(slots=True)
+class HeldCap:
+    """A power cap of a GPU: what it may count on now (None: released); what its agent has confirmed, and when; the most
+    and the least asked for since, and when the last call about it failed."""
+
+    limit_w: float | None = None
+    held_w: float | None = None
+    held_at_s: float = float("-inf")
+    asked_w: float = 0.0
+    asked_least_w: float = float("inf")
+    failed_at_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class CapCall:
+    """A call about the caps of one node that was not answered yet."""
+
+    node_id: str
+    limits_w: Mapping[str, float]
+    at_s: float
+    release: bool = False
+
+
+@dataclass(slots=True)
+class PoweredNode:
+    """A node that the provisioner has turned off or on, and the call to its hook that is under way."""
+
+    power: NodePower
+    since_s: float
+    failures: int = 0
+    retry_at_s: float = float("-inf")
+    effect_id: str = ""
 
 
 @dataclass(slots=True)
@@ -102,15 +148,44 @@ class State:
     # By pool: what bursts may add to the load within seconds, in equivalent requests/s; and when it was looked at last.
     burst_rps: dict[str, float] = field(default_factory=dict)
     burst_seen_s: float = float("-inf")
+    looked_ahead_s: float = float("-inf")  # when the plans were last held against the forecast
     asked_s: dict[str, float] = field(default_factory=dict)  # by pool: when it was last planned anew between periods
+    # Emergency ladders, by pool, and when the queues were looked at last.
+    ladders: dict[str, Ladder] = field(default_factory=dict)
+    looked_s: float = float("-inf")
     # The layout was changed because the one before could not carry the demand: it may be reached through a gap.
     layout_forced: bool = False
     failures: dict[str, int] = field(default_factory=dict)
     clocks: dict[str, ChosenClock] = field(default_factory=dict)
     measured_start_s: dict[int, float] = field(default_factory=dict)  # by tp, the longest seen
     routing: RoutingTable | None = None
+    # What live power has shown of the profile: factors by (pool, tp), and kinds that it no longer holds for. Engines
+    # that run and that it was not measured on.
+    corrections: dict[tuple[str, int], float] = field(default_factory=dict)
+    drifted: set[tuple[str, int]] = field(default_factory=set)
+    foreign_engines: tuple[str, ...] = ()
     # Modes of pools and nodes that are not active (loop/orders.py names the scopes); the cluster's is `mode`.
     modes: dict[str, Mode] = field(default_factory=dict)
+    # Power budgets by scope; how often they have changed; those decided on, found out of reach, and held by now.
+    budgets: dict[str, Budget] = field(default_factory=dict)
+    budget_version: int = 0
+    budgets_known: set[str] = field(default_factory=set)
+    budgets_unreachable: set[str] = field(default_factory=set)
+    budgets_held: set[str] = field(default_factory=set)
+    # The caps that hold them, by GPU; calls to agents under way, by effect id; nodes whose caps are to be taken away.
+    caps: dict[str, HeldCap] = field(default_factory=dict)
+    capping: dict[str, CapCall] = field(default_factory=dict)
+    uncapping: set[str] = field(default_factory=set)
+    # Nodes that were turned off or on, and those that are to be turned on as soon as their budget has room; since when
+    # each node is empty; when this was looked at last, and what was only advised; the last durations measured.
+    powered: dict[str, PoweredNode] = field(default_factory=dict)
+    waking: set[str] = field(default_factory=set)
+    empty_since_s: dict[str, float] = field(default_factory=dict)
+    provisioned_s: float = float("-inf")
+    power_advice: tuple[tuple[str, bool], ...] = ()
+    boot_s: list[float] = field(default_factory=list)
+    off_s: list[float] = field(default_factory=list)
+    capped_fits: dict[float, ProfileFit] = field(default_factory=dict)  # by watts of each GPU, made when asked for
     sentences: dict[Level, str] = field(default_factory=dict)
     decision_numbers: int = 0
     effect_numbers: int = 0
@@ -134,19 +209,25 @@ class State:
         node = self.nodes.get(node_id)
         return node is None or now_s - node.observed_at_s > self.settings.lost_s
 
+    def is_on(self, node_id: str) -> bool:
+        """False for a node that is off, or on its way there or back."""
+        powered = self.powered.get(node_id)
+        return powered is None or powered.power is NodePower.ON
+
     def may_act(self, now_s: float) -> bool:
         """True once every expected node has reported, or those that have not count as lost.
 
         Before, a restarted controller would take nodes that are only slow to answer for gone.
         """
         waited_s = now_s - (self.first_event_s if self.first_event_s is not None else now_s)
-        return bool(self.nodes) and (len(self.nodes) >= self.expected_nodes or waited_s > self.settings.lost_s)
+        known = len(self.nodes.keys() | self.powered.keys())
+        return bool(self.nodes) and (known >= self.expected_nodes or waited_s > self.settings.lost_s)
 
     def placeable_nodes(self, now_s: float) -> tuple[Node, ...]:
         """Nodes that are not lost, as placement sees them; quarantined and unhealthy GPUs are not usable."""
         nodes = []
         for node in sorted(self.nodes.values(), key=lambda node: node.node_id):
-            if self.is_lost(node.node_id, now_s):
+            if self.is_lost(node.node_id, now_s) or not self.is_on(node.node_id):
                 continue
             bad = {
                 uuid
@@ -195,6 +276,11 @@ class State:
         """Seconds from a start to the first request: the longest measured here, else the profile's, else assumed."""
         profiled = self.profile.starts.get(tp)
         return self.measured_start_s.get(tp, profiled.start_s if profiled else self.settings.start_s)
+
+    def retire_j(self, tp: int) -> float:
+        """Energy of a retirement beyond that of parked GPUs: they are held until it has drained and stopped."""
+        watts = self.fit.idle_power_w(tp, self.profile.full_mhz) or tp * self.profile.parked_w
+        return self.settings.retire_s * max(0.0, watts - tp * self.profile.parked_w)
 
     def start_j(self, tp: int) -> float:
         """Energy of a start: the whole instance holds a context at full clock and serves nothing meanwhile."""

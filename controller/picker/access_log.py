@@ -38,9 +38,18 @@ def take(desk: Desk, message: Any) -> None:
             continue  # refused, or let through while no picker was there
         name = metadata[TICKET_NAMESPACE].fields[TICKET_KEY].string_value
         held = desk.held.hear(name)
-        if held is None or common.intermediate_log_entry:
+        if held is None:
             continue
-        _end(desk, name, held, entry)
+        _outgrown(desk, held, entry)
+        if not common.intermediate_log_entry:
+            _end(desk, name, held, entry)
+
+
+def _outgrown(desk: Desk, held: HeldTicket, entry: Any) -> None:
+    """An answer that was not shown, told from its bytes: noticed while it runs, at the grain of Envoy's entries."""
+    tokens = desk.tokens_in(held.ticket.asked, entry.response.response_body_bytes)
+    if tokens > desk.brain.output_bound_tokens(held.ticket):
+        desk.brain.outgrew(held.ticket)
 
 
 def _end(desk: Desk, name: str, held: HeldTicket, entry: Any) -> None:

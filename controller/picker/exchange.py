@@ -20,10 +20,10 @@ from envoy.service.ext_proc.v3 import external_processor_pb2 as ext
 from envoy.type.v3 import http_status_pb2 as http_status
 
 from controller.gateway.access import Access
-from controller.gateway.asked import GENERATING, read_request
+from controller.gateway.asked import GENERATING, Asked, read_request
 from controller.gateway.brain import Brain, Outcome, Ticket, count
 from controller.gateway.config import LimitsConfig, PickerConfig
-from controller.gateway.refusal import Refusal
+from controller.gateway.refusal import Refusal, too_late
 from controller.gateway.upstream import EventMeter
 from controller.picker.addresses import Addresses
 from controller.picker.held import Held
@@ -34,6 +34,8 @@ TICKET_KEY = "ticket"
 TICKET_NAMESPACE = "dynamollm"
 # The body goes back in pieces: one message of many megabytes would have to be held whole by every hop.
 PIECE_BYTES = 64 * 1024
+# Share of the newest answer in the running estimate of a token's bytes.
+NEWEST = 0.05
 
 Reply = Any  # ext.ProcessingResponse; the generated module has no types
 
@@ -60,6 +62,13 @@ class Desk:
         self.tenant_header = tenant_header.lower()
         # Answers that were not shown, by model, for which the next one that is shown speaks as well.
         self.unseen: dict[str, int] = {}
+        # Bytes that a token of a stream takes, by model and whether it is a chat: learnt from answers that are shown.
+        self.token_bytes: dict[tuple[str, bool], float] = {}
+
+    def tokens_in(self, asked: Asked, sent_bytes: int) -> float:
+        """About how many tokens a stream has brought that was not shown; 0 while nothing like it was."""
+        size = self.token_bytes.get((asked.model, asked.chat)) if asked.stream else None
+        return sent_bytes / size if size else 0.0
 
 
 class Exchange:
@@ -74,6 +83,7 @@ class Exchange:
         self._name: str | None = None  # of the ticket held, once an instance is chosen
         self._meter: EventMeter | None = None
         self._whole: list[bytes] = []
+        self._answer_bytes = 0
         self._status = 0
 
     def handle(self, message: Any) -> list[Reply]:
@@ -134,7 +144,7 @@ class Exchange:
             raise
         return [
             _chosen(endpoints, self._name or "", str(ticket.classified.routing), self._desk.brain.pool_of(ticket)),
-            *_body_back(body),
+            *_body_back(self._with_priority(ticket, body)),
         ]
 
     def _choose(self, ticket: Ticket) -> str:
@@ -143,6 +153,8 @@ class Exchange:
             raise Refusal(503, Outcome.QUEUE_TIMEOUT, "No instances are known yet.", retry_after_s=5)
         instance = brain.choose(ticket)
         if instance is None:
+            if (order := brain.refusing(ticket)) is not None:
+                raise too_late(order.retry_after_s)
             raise Refusal(429, Outcome.QUEUE_FULL, "All instances are full.", retry_after_s=1)
         first = addresses.of(instance.endpoint)
         if first is None:
@@ -153,6 +165,15 @@ class Exchange:
         )
         self._name = self._desk.held.hold(ticket, instance)
         return ",".join([first, *(other for other in others if other is not None)])
+
+    def _with_priority(self, ticket: Ticket, body: bytes) -> bytes:
+        """The order of the emergency ladder for the engine's own queue, where it has one to put in order. In front of
+        all else in the body: a priority of the client's own comes later and so wins."""
+        due_ms = self._desk.brain.due_ms(ticket) if self._desk.picker.engine_priority else None
+        if due_ms is None:
+            return body
+        start = body.index(b"{") + 1
+        return b'%b"priority":%d,%b' % (body[:start], due_ms, body[start:])
 
     def _models(self) -> bytes:
         data = [{"id": name, "object": "model", "owned_by": "dynamollm"} for name in self._desk.brain.models()]
@@ -173,6 +194,7 @@ class Exchange:
                 if not meter.events:
                     self._desk.brain.first_token(held.ticket)
                 meter.passed(message.body)
+                self._answer_bytes += len(message.body)
                 if not held.ticket.asked.stream:
                     self._whole.append(message.body)
             if meter.events > self._desk.brain.output_bound_tokens(held.ticket):
@@ -192,6 +214,9 @@ class Exchange:
             tokens = count(usage, "completion_tokens") or meter.token_events(usage is not None) - lead
             if meter.complaint() is not None or tokens < 1:
                 return False
+            known, size = self._desk.token_bytes, self._answer_bytes / tokens
+            before = known.get((asked.model, asked.chat), size)
+            known[asked.model, asked.chat] = before + NEWEST * (size - before)
             gaps_s = meter.gaps_s[lead : lead + tokens - 1]
             brain.completed(ticket, tokens, usage, meter.first_event_s - ticket.arrived_s, gaps_s, times)
         else:

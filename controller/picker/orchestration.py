@@ -40,8 +40,10 @@ class GatewayService(rpc.GatewayServicer):
         ticket = brain.arrive(_asked(request))
         instance = brain.choose(ticket)
         if instance is None:
-            brain.done(ticket, Outcome.QUEUE_FULL)
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "all instances are full")
+            order = brain.refusing(ticket)
+            brain.done(ticket, Outcome.QUEUE_FULL if order is None else Outcome.TOO_LATE)
+            why = "" if order is None else f", the first token would come too late; again in {order.retry_after_s:g} s"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"all instances are full{why}")
         others = brain.alternatives(ticket, instance, self._desk.picker.alternatives)
         return pb.RouteResponse(
             ticket=held.hold(ticket, instance),

@@ -24,6 +24,7 @@ class Picker:
         addresses = Addresses()
         self.held = Held(brain, config.forget_s)
         self._discovery = Discovery(addresses)
+        self._tls = config.tls
         self._server = PickerServer(
             Desk(brain, self.held, addresses, limits, config, access, tenant_header), self._discovery
         )
@@ -35,7 +36,7 @@ class Picker:
         return self._server.port
 
     async def start(self, listen: str) -> None:
-        await self._server.start(listen)
+        await self._server.start(listen, self._tls)
 
     async def stop(self, grace_s: float) -> None:
         await self._server.stop(grace_s)

@@ -28,11 +28,11 @@ class LoadWindow:
 
 @dataclass(frozen=True, slots=True)
 class ForecastSettings:
-    half_life_s: float = 120.0  # of the long memory
-    short_memory: float = 0.25  # of the long one's half-life
+    half_life_s: float = 300.0  # of the long memory
+    short_memory: float = 0.1  # of the long one's half-life
     quantile: float = 0.95  # of the sustained rate that is provisioned for
     sustained_s: float = 30.0  # a peak shorter than this is left to the head-room in the profile's knee
-    max_trend_ratio: float = 0.5  # the trend may move the level by at most this share of it over the horizon
+    max_trend_ratio: float = 0.25  # the trend may move the level by at most this share of it over the horizon
     max_age_s: float = 900.0  # older windows say nothing
 
 
@@ -65,7 +65,8 @@ def forecast(
     observed = sum(w.seconds for w in usable)
     memories = (settings.half_life_s, settings.half_life_s * settings.short_memory)
     lines = [_fit_line(usable, now_s, half_life_s) for half_life_s in memories]
-    return max((_ahead(line, horizon_s, observed, settings) for line in lines), key=lambda seen: seen.mean_rps)
+    seen = [_ahead(line, horizon_s, observed, settings) for line in lines]
+    return max(seen, key=lambda ahead: (round(ahead.mean_rps, 9), -ahead.std_rps))  # of equal ones the steadier
 
 
 def _ahead(line: _Line, horizon_s: float, observed_s: float, settings: ForecastSettings) -> RateForecast:

@@ -18,9 +18,16 @@ from controller.profile.fit import ProfileFit
 LEAST_SAVING_RATIO = 0.06
 
 
-# What an instance carries that serves a pool alone, as a share of its load in the profile: that is measured where
-# several share the load, and a request goes to the one that has no prompt to read just now.
+# What an instance carries that serves a pool alone, or as one of many, as a share of its load in the profile: that is
+# measured where two share the load, less a margin of 5 %. A request goes to the one that has no prompt to read just
+# now: of one there is none, of many there nearly always is, so these need no margin.
 LONE_SHARE = 0.7
+MANY, MANY_SHARE = 4, 1.05
+
+
+def carried_share(serving: int) -> float:
+    """What each of so many instances of a pool carries, as a share of its largest load in the profile."""
+    return LONE_SHARE if serving <= 1 else MANY_SHARE if serving >= MANY else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,7 @@ def choose_serving(
 ) -> Serving:
     """The instances of a pool that serve `rate_rps` with least power, out of `counts` by tp.
 
-    Each is filled up to the share `fill` of its largest load in SLO (one alone: of `LONE_SHARE` of that), at least
+    Each is filled up to the share `fill` of what it carries among so many (`carried_share`), at least
     `least` of them serve. For every order of the kinds it takes as few as carry the load, then more while that saves
     power (a lower clock may). `current` stays unless another choice saves clearly more. Too small a pool serves with
     all it has.
@@ -82,7 +89,7 @@ def _fewest(
     chosen = dict.fromkeys(there, 0)
     left_rps, left = rate_rps, least
     for tp in order:
-        top = tops[tp] * fill
+        top = tops[tp] * fill * MANY_SHARE  # where these are not as many, one more is added
         needed = ceil(left_rps / top - 1e-9) if top > 0 and left_rps > 0 else 0
         chosen[tp] = max(0, min(there[tp], max(needed, left)))
         left_rps -= chosen[tp] * top
@@ -111,9 +118,7 @@ def _priced(
     fill: float,
 ) -> Serving:
     """Those that serve share the load by capacity, as routing does; the others idle."""
-    capacity_rps = sum(n * tops[tp] for tp, n in chosen.items())
-    if sum(chosen.values()) == 1:
-        capacity_rps *= LONE_SHARE
+    capacity_rps = sum(n * tops[tp] for tp, n in chosen.items()) * carried_share(sum(chosen.values()))
     ratio = rate_rps / capacity_rps if capacity_rps > 0 else (inf if rate_rps > 0 else 0.0)
     power_w = 0.0
     for tp, n in there.items():
@@ -141,8 +146,14 @@ def standby_w(fit: ProfileFit, pool: str, tp: int) -> float:
     return point.power_w if point is not None else power_at(fit, pool, tp, 0.0)
 
 
-def keep_s(fit: ProfileFit, pool: str, tp: int, start_j: float) -> float:
+def keep_s(
+    fit: ProfileFit, pool: str, tp: int, start_j: float, host_share_w: float = 0.0, host_cycle_s: float = 0.0
+) -> float:
     """How long an instance is worth keeping on standby: until that has cost as much as the start it saves. Who waits
-    so long never pays more than twice what knowing the future would cost."""
-    extra_w = standby_w(fit, pool, tp) - tp * fit.parked_w
-    return start_j / extra_w if extra_w > 0 else inf
+    so long never pays more than twice what knowing the future would cost.
+
+    Where empty hosts are switched off, the instance holds its share of one, `host_share_w` per GPU; but what is saved
+    by letting the host go begins only `host_cycle_s` later, when it is down and would be up again."""
+    share_w = tp * host_share_w
+    extra_w = standby_w(fit, pool, tp) - tp * fit.parked_w + share_w
+    return (start_j + share_w * host_cycle_s) / extra_w if extra_w > 0 else inf

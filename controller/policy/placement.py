@@ -1,7 +1,8 @@
 """Placement: from wanted counts by (pool, tp) to a layout, instance by instance and GPU by GPU.
 
 Stands between the MILP and the transition. Keeps what can stay (same pool first; then an instance of the same tp
-changes its pool without a restart), places the rest on aligned GPU groups, free GPUs first, spread over nodes.
+changes its pool without a restart), places the rest on aligned GPU groups, free GPUs first: spread over the nodes, or
+gathered on few where empty ones are switched off.
 """
 
 from __future__ import annotations
@@ -55,8 +56,13 @@ def place(
     held: tuple[HeldInstance, ...],
     nodes: tuple[Node, ...],
     new_id: Callable[[], str],
+    least_nodes: int | None = None,
 ) -> Placed:
     """Puts `counts` on `nodes`.
+
+    A pool is spread over the nodes. With `least_nodes` instances gather instead, as far as that takes no restart: the
+    emptiest node loses its instances first, the fullest one gets the new ones; only so many nodes does a pool lie on in
+    any case, so that it outlives the loss of one.
 
     `current` is the layout wanted so far: of it, instances that hold no GPU yet keep their place where it still fits,
     so that repeating the call changes nothing. No GPU has two owners in the result; unusable GPUs have none.
@@ -71,11 +77,12 @@ def place(
     relabelled: list[str] = []
     started: list[str] = []
     missing: dict[tuple[str, int], int] = {}
+    rank = _emptiest_first(staying) if least_nodes is not None else {}
     # Widest first: a wide group is the hardest to find, narrow ones fit into what is left.
     for tp in sorted(need, reverse=True):
         mine = [c for c in staying if c.tp == tp and taken.isdisjoint(c.gpu_uuids)]
         slots = [pool for (pool, t), n in sorted(wanted.items()) if t == tp for _ in range(n)]
-        assigned = _assign(mine, slots)
+        assigned = _assign(mine, slots, rank)
         for i, candidate in assigned.items():
             chosen.append(
                 PlannedInstance(candidate.instance_id, slots[i], model, candidate.node_id, candidate.gpu_uuids)
@@ -88,7 +95,11 @@ def place(
             else:
                 started.append(candidate.instance_id)
         left = _interleaved([slots[i] for i in range(len(slots)) if i not in assigned])
-        spots = _Spots(groups, tp, taken, _Burdens(held, staying, need, taken, tp), chosen) if left else None
+        spots = None
+        if left:
+            later = [c for c in staying if c.tp < tp and taken.isdisjoint(c.gpu_uuids)]
+            burdens = _Burdens(held, staying, need, taken, tp)
+            spots = _Spots(groups, tp, taken, burdens, chosen, later, least_nodes)
         for pool in left:
             spot = spots.best(pool) if spots is not None else None
             if spot is None:
@@ -180,14 +191,24 @@ def _by_tp(counts: Mapping[tuple[str, int], int]) -> Counter[int]:
 
 
 # Costs of giving a candidate a wanted place. A new pool label is cheap, but not free: it moves load. A place that is
-# only planned yields to an instance that exists. Crowding, a tie-break, lets the fuller node lose an instance first.
+# only planned yields to an instance that exists. A tie-break tells which node loses an instance first.
 _RELABEL = 1.0
 _NOT_STARTED = 10.0
-_CROWDED = 0.001
+_TIE = 0.001
 
 
-def _assign(candidates: list[_Candidate], slots: list[str]) -> dict[int, _Candidate]:
-    """Which candidate takes which wanted place (index into `slots`, a pool each): the assignment of least cost."""
+def _emptiest_first(staying: list[_Candidate]) -> dict[str, int]:
+    """Nodes numbered by the GPUs that could stay in use there, fewest first. No two are alike, so that of two nodes one
+    becomes empty and not a half of each."""
+    used: Counter[str] = Counter()
+    for candidate in staying:
+        used[candidate.node_id] += candidate.tp
+    return {node_id: number for number, node_id in enumerate(sorted(used, key=lambda name: (used[name], name)))}
+
+
+def _assign(candidates: list[_Candidate], slots: list[str], rank: Mapping[str, int]) -> dict[int, _Candidate]:
+    """Which candidate takes which wanted place (index into `slots`, a pool each): the assignment of least cost. `rank`
+    has the nodes in the order in which they are to become empty; without it a crowded one loses an instance first."""
     if not candidates or not slots:
         return {}
     numbers = {pool: number for number, pool in enumerate(dict.fromkeys(slots))}
@@ -198,7 +219,8 @@ def _assign(candidates: list[_Candidate], slots: list[str]) -> dict[int, _Candid
         crowd = seen[candidate.pool, candidate.node_id]
         seen[candidate.pool, candidate.node_id] += 1
         cost[row] = np.where(pools == numbers.get(candidate.pool, -1), 0.0, _RELABEL)
-        cost[row] += (0.0 if candidate.held else _NOT_STARTED) + _CROWDED * crowd
+        tie = 1.0 - rank[candidate.node_id] / len(rank) if rank else crowd
+        cost[row] += (0.0 if candidate.held else _NOT_STARTED) + _TIE * tie
     rows, columns = linear_sum_assignment(cost)
     return {int(column): candidates[int(row)] for row, column in zip(rows, columns, strict=True)}
 
@@ -262,11 +284,20 @@ class _Burdens:
 
 class _Spots:
     """Where new instances of `tp` may go. Best is the least burden, then the node with fewest instances of the pool,
-    then the fullest node. Kept as one array per measure, since a large fleet has thousands of spots and of starts."""
+    then the fullest node. With `least_nodes` the fullest comes first, once the pool lies on so many nodes. Kept as one
+    array per measure, since a large fleet has thousands of spots and of starts."""
 
     def __init__(
-        self, groups: _Groups, tp: int, taken: set[str], burdens: _Burdens, chosen: list[PlannedInstance]
+        self,
+        groups: _Groups,
+        tp: int,
+        taken: set[str],
+        burdens: _Burdens,
+        chosen: list[PlannedInstance],
+        later: list[_Candidate],
+        least_nodes: int | None,
     ) -> None:
+        """`later`: narrower ones that could stay. Most of them will, so their nodes are in use."""
         self._spots = groups.of(tp)
         self._burdens = burdens
         numbers = {node_id: i for i, node_id in enumerate(dict.fromkeys(node_id for node_id, _ in self._spots))}
@@ -280,6 +311,10 @@ class _Spots:
             if instance.node_id in numbers:
                 self._load[numbers[instance.node_id]] += instance.tp
                 self._count(instance.pool)[numbers[instance.node_id]] += 1
+        self._least_nodes = least_nodes
+        for candidate in later if least_nodes is not None else ():
+            if candidate.node_id in numbers:
+                self._load[numbers[candidate.node_id]] += candidate.tp
 
     def best(self, pool: str) -> tuple[str, tuple[str, ...]] | None:
         """Takes the best spot for one instance of the pool; None when there is none."""
@@ -288,7 +323,10 @@ class _Spots:
             return None
         of_pool = self._count(pool)
         best = _least(best, self._burden[best])
-        best = _least(best, of_pool[self._node[best]])
+        if self._least_nodes is None:
+            best = _least(best, of_pool[self._node[best]])
+        elif np.count_nonzero(of_pool) < self._least_nodes:
+            best = _least(best, (of_pool[self._node[best]] > 0).astype(np.int64))
         best = _least(best, -self._load[self._node[best]])
         node_id, uuids = self._spots[best[0]]
         node = self._node[best[0]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
+from math import hypot, inf
 
 from controller.domain.reasons import Reason
 from controller.policy.idle import choose_serving, power_at
@@ -25,11 +25,14 @@ class LayoutPrice:
     power_w: float  # with parked GPUs
     carries: bool
     load_ratio: float  # worst pool: demand over capacity; infinity when a pool with demand has no capacity
+    host_w: float = 0.0  # shares of hosts that its GPUs keep from being switched off
+    error_w: float = 0.0  # standard error of the power, from the repeats of the profile's measurements
 
 
 @dataclass(frozen=True, slots=True)
 class StabiliseSettings:
     saving_confidence: float = 0.7  # share of the predicted saving that is counted on
+    errors: float = 1.64  # standard errors of the profile that are taken off it besides: nineteen times of twenty less
     cost_factor: float = 1.3  # on the measured switching energy
     dwell_s: float = 60.0  # least time between two changes that only save energy
     # While a transition is under way, a layout that is short by less than this is waited for, not planned anew:
@@ -52,28 +55,35 @@ def price(
     demand_rps: Mapping[str, float],
     gpus: int,
     expected_rps: Mapping[str, float] | None = None,
+    host_share_w: float = 0.0,
 ) -> LayoutPrice:
     """Prices `counts` of instances by (pool, tp) under a demand in equivalent requests/s by pool.
 
     `demand_rps` is by the pools of this layout's own partition, so two partitions are priced each with its own.
     Instances share their pool's load by capacity, as routing does. With `expected_rps` only what the demand must be
     carried with is judged by `demand_rps`; the power is that of the expected load, with whom it does not need on
-    standby.
+    standby. `host_share_w` is what each GPU that is held costs besides.
     """
     capacity: dict[str, float] = {}
     for (pool, tp), n in counts.items():
         capacity[pool] = capacity.get(pool, 0.0) + n * fit.max_rate_rps(pool, tp)
     ratios = {pool: _ratio(rate, capacity.get(pool, 0.0)) for pool, rate in demand_rps.items()}
-    power_w = fit.parked_w * max(0, gpus - sum(n * tp for (_, tp), n in counts.items()))
+    held = sum(n * tp for (_, tp), n in counts.items())
+    power_w = fit.parked_w * max(0, gpus - held)
+    errors_w = []
     if expected_rps is None:
         for (pool, tp), n in counts.items():
-            power_w += n * power_at(fit, pool, tp, min(1.0, ratios.get(pool, 0.0)))
+            watts = n * power_at(fit, pool, tp, min(1.0, ratios.get(pool, 0.0)))
+            power_w += watts
+            errors_w.append(watts * fit.error_ratio(pool, [tp]))
     else:
         for pool in sorted({pool for pool, _ in counts}):
             by_tp = {tp: n for (name, tp), n in counts.items() if name == pool}
-            power_w += choose_serving(fit, pool, by_tp, expected_rps.get(pool, 0.0)).power_w
+            watts = choose_serving(fit, pool, by_tp, expected_rps.get(pool, 0.0)).power_w
+            power_w += watts
+            errors_w.append(watts * fit.error_ratio(pool, by_tp))
     worst = max(ratios.values(), default=0.0)
-    return LayoutPrice(power_w, worst <= 1.0 + 1e-9, worst)
+    return LayoutPrice(power_w, worst <= 1.0 + 1e-9, worst, held * host_share_w, hypot(*errors_w))
 
 
 def _ratio(rate_rps: float, capacity_rps: float) -> float:
@@ -119,8 +129,9 @@ def judge(
     True while a transition to `present` is under way.
     """
     settings = settings or StabiliseSettings()
-    saving_w = present.power_w - candidate.power_w
-    saving_j = saving_w * horizon_s * settings.saving_confidence
+    saving_w = present.power_w + present.host_w - candidate.power_w - candidate.host_w
+    unsure_w = settings.errors * hypot(present.error_w, candidate.error_w)
+    saving_j = saving_w * horizon_s * settings.saving_confidence - unsure_w * horizon_s
     cost_j = settings.cost_factor * (_cost_j(started, start_j) + _cost_j(retired or {}, retire_j or {}))
 
     def verdict(accept: bool, reason: Reason, sentence: str) -> Verdict:

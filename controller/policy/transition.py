@@ -67,6 +67,17 @@ class Step:
     sentence: str
 
 
+_Kind = tuple[str, int]  # pool, tp
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """An instance that serves as one kind will serve as another, or not at all."""
+
+    of: _Kind | None
+    to: _Kind | None
+
+
 @dataclass(frozen=True, slots=True)
 class TransitionSettings:
     # At once: only part of a pool is ever on its way out. The larger of the two.
@@ -154,14 +165,19 @@ _UNDER_WAY = (StepReason.WAITING_FOR_READY, StepReason.WAITING_FOR_DRAIN)
 
 
 def shortfall_rps(serving: Iterable[tuple[str, int]], capacity: CapacityModel) -> float:
-    """Requests/s of demand that instances (pool, tp) cannot carry within the SLO; 0 when all is carried.
+    """Requests/s of demand that instances (pool, tp) cannot carry within the SLO; 0 when all is carried."""
+    return _shortfall_rps(Counter(serving), capacity)
+
+
+def _shortfall_rps(kinds: Mapping[_Kind, int], capacity: CapacityModel) -> float:
+    """The same by how many there are of each kind: thousands of instances are of a few kinds.
 
     Classes with the fewest pools are filled first, each from its most special pool on: with pools that are nested
     or apart (as partitions are) no other order carries more.
     """
     left: dict[str, float] = {}
-    for pool, tp in serving:
-        left[pool] = left.get(pool, 0.0) + capacity.max_rate_rps.get((pool, tp), 0.0)
+    for (pool, tp), n in kinds.items():
+        left[pool] = left.get(pool, 0.0) + n * capacity.max_rate_rps.get((pool, tp), 0.0)
     breadth = Counter(pool for pool, _ in capacity.work)
     choices = {c: sorted((breadth[p], p) for p in left if (p, c) in capacity.work) for c in capacity.rates_rps}
     missing = 0.0
@@ -176,9 +192,9 @@ def shortfall_rps(serving: Iterable[tuple[str, int]], capacity: CapacityModel) -
     return missing if missing > 1e-9 else 0.0
 
 
-def _covered(serving: Iterable[tuple[str, int]], capacity: CapacityModel) -> set[RequestClass]:
+def _covered(kinds: Mapping[_Kind, int], capacity: CapacityModel) -> set[RequestClass]:
     """Classes that some serving instance is meant for: one without load now may have some the next second."""
-    pools = {pool for pool, _ in serving}
+    pools = {pool for pool, _ in kinds}
     return {request_class for pool, request_class in capacity.work if pool in pools}
 
 
@@ -290,7 +306,7 @@ def _actual(kind: StepKind, instance: ActualInstance, reason: StepReason, what: 
 
 def _take(
     changes: list[Step],
-    serving: dict[str, tuple[str, int]],
+    serving: dict[str, _Kind],
     capacity: CapacityModel,
     draining: Counter[str],
     settings: TransitionSettings,
@@ -301,29 +317,46 @@ def _take(
     drained = Counter(draining)
     members = Counter(pool for pool, _ in serving.values()) + draining
     most = {pool: max(settings.max_drains_per_pool, int(settings.max_drain_share * n)) for pool, n in members.items()}
+    kinds = dict(Counter(serving.values()))
+    short_rps = _shortfall_rps(kinds, capacity)
+    refused: set[_Move] = set()  # since the last one taken: others of their kind would do the same harm
     for change in changes:
-        before_rps = shortfall_rps(serving.values(), capacity)
-        after = _after(serving, change)
-        if (
-            (change.kind is StepKind.DRAIN and drained[change.pool] >= most[change.pool])
-            or shortfall_rps(after.values(), capacity) > before_rps + 1e-9
-            or not _covered(serving.values(), capacity) <= _covered(after.values(), capacity)
-        ):
+        move = _move(serving, change)
+        if move in refused or (change.kind is StepKind.DRAIN and drained[change.pool] >= most[change.pool]):
+            held_back.append(change)
+            continue
+        after = _after(kinds, move)
+        after_rps = _shortfall_rps(after, capacity)
+        if after_rps > short_rps + 1e-9 or not _covered(kinds, capacity) <= _covered(after, capacity):
+            refused.add(move)
             held_back.append(change)
             continue
         drained[change.pool] += change.kind is StepKind.DRAIN
-        serving.clear()
-        serving.update(after)
+        kinds, short_rps = after, after_rps
+        refused.clear()
+        if move.to is not None:
+            serving[change.instance_id] = move.to
+        elif move.of is not None:
+            del serving[change.instance_id]
         taken.append(change)
     return taken, held_back
 
 
-def _after(serving: Mapping[str, tuple[str, int]], change: Step) -> dict[str, tuple[str, int]]:
-    after = dict(serving)
-    if change.kind is StepKind.DRAIN:
-        after.pop(change.instance_id, None)
-    elif change.instance_id in after:
-        after[change.instance_id] = change.pool, len(change.gpu_uuids)
+def _move(serving: Mapping[str, _Kind], change: Step) -> _Move:
+    """What a drain or a relabel does to those that serve; nothing where the instance serves nothing yet."""
+    kind = serving.get(change.instance_id)
+    leaves = kind is None or change.kind is StepKind.DRAIN
+    return _Move(kind, None if leaves else (change.pool, len(change.gpu_uuids)))
+
+
+def _after(kinds: Mapping[_Kind, int], move: _Move) -> dict[_Kind, int]:
+    after = dict(kinds)
+    if move.of is not None:
+        after[move.of] -= 1
+        if not after[move.of]:
+            del after[move.of]
+    if move.to is not None:
+        after[move.to] = after.get(move.to, 0) + 1
     return after
 
 
@@ -331,7 +364,7 @@ def _smallest_break(
     held_back: list[Step],
     awaited: set[str],
     plan: Mapping[str, PlannedInstance],
-    serving: Mapping[str, tuple[str, int]],
+    serving: Mapping[str, _Kind],
     capacity: CapacityModel,
     settings: TransitionSettings,
     allow_shortfall: bool,
@@ -348,13 +381,17 @@ def _smallest_break(
     if not useful or not allow_shortfall or gain_rps <= 1e-9:
         return None
 
-    def hurt(change: Step) -> tuple[float, int, str]:
-        after = _after(serving, change)
-        uncovered = _covered(serving.values(), capacity) - _covered(after.values(), capacity)
-        return shortfall_rps(after.values(), capacity), len(uncovered), change.instance_id
-
-    least = min(useful, key=hurt)
-    return least if hurt(least)[0] - wanted_rps <= settings.max_break_ratio * gain_rps else None
+    kinds = Counter(serving.values())
+    covered = _covered(kinds, capacity)
+    harm: dict[_Move, tuple[float, int]] = {}
+    for change in useful:
+        move = _move(serving, change)
+        if move not in harm:
+            after = _after(kinds, move)
+            harm[move] = _shortfall_rps(after, capacity), len(covered - _covered(after, capacity))
+    least = min(useful, key=lambda change: (harm[_move(serving, change)], change.instance_id))
+    missed_rps, _ = harm[_move(serving, least)]
+    return least if missed_rps - wanted_rps <= settings.max_break_ratio * gain_rps else None
 
 
 def _held_back(change: Step, stuck: bool) -> Step:

@@ -26,13 +26,16 @@ from common.errors import UserError
 from controller.domain.classes import ClassScheme
 from controller.predictor.port import Features, Prediction
 
-FORM = "dynamollm-text-predictor/1"
+FORM = "dynamollm-text-predictor/2"
 # Upper ends of the bins in tokens, the last one open. The default cut points are among them.
 EDGES = (8, 16, 32, 64, 100, 150, 230, 350, 500, 750, 1100, 1600, 2400)
 BINS = len(EDGES) + 1
 HASH_BITS = 14
 WORDS = 240
 _WORD = re.compile(r"\w+")
+_MASK = np.uint64((1 << HASH_BITS) - 1)
+_FIRST_OF_PAIR = np.uint64(0x9E3779B97F4A7C15)  # odd: which word comes first must tell
+_HIGH = np.uint64(24)  # the low bits of a product know only those of its factors
 
 
 def bin_of(output_tokens: int) -> int:
@@ -56,10 +59,13 @@ def hashed(features: Features) -> NDArray[np.int64]:
         marks.append("\0stop")
     if features.json_mode:
         marks.append("\0json")
-    pairs = [f"{first} {second}" for first, second in pairwise(words)]
-    mask = (1 << HASH_BITS) - 1
-    rows = {crc32(word.encode(errors="replace")) & mask for word in (*words, *pairs, *marks)}
-    return np.fromiter(rows, dtype=np.int64, count=len(rows))
+    count = len(words) + len(marks)
+    single = np.fromiter((crc32(word.encode(errors="replace")) for word in (*words, *marks)), np.uint64, count)
+    # A pair is made of its words' hashes: hashing its text too would take as long again.
+    pairs = (
+        (single[: len(words) - 1] * _FIRST_OF_PAIR + single[1 : len(words)]) >> _HIGH if len(words) > 1 else single[:0]
+    )
+    return np.unique(np.concatenate((single, pairs)) & _MASK).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import sqrt
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +20,9 @@ from scipy.optimize import isotonic_regression
 
 from controller.domain.classes import Bucket
 from controller.domain.slo import Slo
-from controller.profile.table import IdlePoint, OperatingPoint, Profile
+from controller.profile.actuator import caps_by_kind
+from controller.profile.arrays import CurveArrays, curve_arrays
+from controller.profile.table import ActuatorRow, IdlePoint, OperatingPoint, Profile
 
 Floats = NDArray[np.float64]
 
@@ -45,6 +50,8 @@ class Curve:
     runnings: tuple[float, ...]  # mean requests in the batch
     runnings_p99: tuple[float, ...]
     ttft_p99_ms: Mapping[Bucket, tuple[float, ...]]
+    attainments: tuple[float, ...]  # of the input bucket that fares worst
+    error_ratio: float = 0.0  # standard error of its powers, as a share of them; 0 where nothing was repeated
 
     def power_w(self, rate_rps: float) -> float | None:
         """Mean power of the whole instance; None beyond the measured range."""
@@ -61,6 +68,10 @@ class Curve:
         values = self.ttft_p99_ms.get(bucket)
         return None if values is None else _interpolate(self.rates_rps, values, rate_rps)
 
+    def attainment(self, rate_rps: float) -> float | None:
+        """Share of requests in SLO, of the input bucket that fares worst; None beyond the measured range."""
+        return _interpolate(self.rates_rps, self.attainments, rate_rps)
+
     def rate_for_running(self, running: float) -> float | None:
         """The load at which the mean batch is `running`: the inverse of `running`. None beyond the measured range."""
         return _interpolate(self.runnings, self.rates_rps, running)
@@ -74,13 +85,23 @@ class Curve:
         return np.interp(rates_rps, self.rates_rps, self.powers_w)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ProfileFit:
     """All curves of a profile."""
 
     profile: Profile
     curves: Mapping[tuple[str, int, int], Curve]  # by (group, tp, mhz)
     by_instance: Mapping[tuple[str, int], tuple[Curve, ...]]  # by (group, tp), clock ascending
+
+    @cached_property
+    def arrays(self) -> CurveArrays:
+        """The same for choices over a whole fleet."""
+        return curve_arrays(self.by_instance)
+
+    @cached_property
+    def caps(self) -> Mapping[tuple[str, int], tuple[ActuatorRow, ...]]:
+        """By (group, tp): the measured loads of kinds that a power cap serves better than a clock lock at some."""
+        return caps_by_kind(self.profile.actuators)
 
     def curve(self, group: str, tp: int, mhz: int) -> Curve | None:
         return self.curves.get((group, tp, mhz))
@@ -101,6 +122,10 @@ class ProfileFit:
         points = [point for point in self.profile.idle if point.tp == tp]
         return min(points, key=lambda point: (point.power_w, -point.mhz), default=None)
 
+    def error_ratio(self, group: str, tps: Iterable[int]) -> float:
+        """Standard error of the power of instances of these kinds, as a share of it; of the least sure kind."""
+        return max((curve.error_ratio for tp in tps for curve in self.clocks(group, tp)), default=0.0)
+
     @property
     def parked_w(self) -> float:
         """One GPU without a context."""
@@ -110,6 +135,30 @@ class ProfileFit:
         """The same of a fleet that runs at one clock alone."""
         by_instance = {key: tuple(c for c in clocks if c.mhz == mhz) for key, clocks in self.by_instance.items()}
         return replace(self, curves={k: c for k, c in self.curves.items() if c.mhz == mhz}, by_instance=by_instance)
+
+    def corrected(self, factors: Mapping[tuple[str, int], float]) -> ProfileFit:
+        """The same with the powers of some kinds of instance, by (group, tp), multiplied."""
+        if not factors:
+            return self
+        by_instance = {
+            key: tuple(replace(c, powers_w=tuple(w * factors[key] for w in c.powers_w)) for c in clocks)
+            if key in factors
+            else clocks
+            for key, clocks in self.by_instance.items()
+        }
+        curves = {(c.group, c.tp, c.mhz): c for clocks in by_instance.values() for c in clocks}
+        return replace(self, curves=curves, by_instance=by_instance)
+
+    def capped(self, cap_w: float) -> ProfileFit:
+        """The same of instances whose every GPU may draw `cap_w`: each clock carries what it can within the cap. Clocks
+        above the one that carries most so are left out: the cap would only pull them down."""
+        by_instance = {}
+        for (group, tp), clocks in self.by_instance.items():
+            within = [_within(curve, cap_w * tp) for curve in clocks]
+            last = max(range(len(within)), key=lambda i: (within[i].max_rate_rps, -i), default=-1)
+            by_instance[group, tp] = tuple(within[: last + 1])
+        curves = {(c.group, c.tp, c.mhz): c for clocks in by_instance.values() for c in clocks}
+        return replace(self, curves=curves, by_instance=by_instance)
 
 
 def fit(profile: Profile, safety_margin: float = SAFETY_MARGIN) -> ProfileFit:
@@ -140,6 +189,7 @@ def _curve(profile: Profile, points: Sequence[OperatingPoint], safety_margin: fl
     runnings_p99 = _rising([p.running_p99 for p in points], weights)
     buckets = [b for b in Bucket if all(b in p.ttft_p99_ms for p in points)]
     ttft = {b: _rising([p.ttft_p99_ms[b] for p in points], weights) for b in buckets}
+    attainments = [-value for value in _rising([-p.attainment_low for p in points], weights)]
     knee = knee_rps(points, profile.slo)
     idle_w = profile.idle_power_w(tp, mhz)
     if idle_w is not None and rates[0] > 0:
@@ -147,6 +197,7 @@ def _curve(profile: Profile, points: Sequence[OperatingPoint], safety_margin: fl
         rates, powers = [0.0, *rates], [min(idle_w, powers[0]), *powers]
         runnings, runnings_p99 = [0.0, *runnings], [0.0, *runnings_p99]
         ttft = {b: [values[0], *values] for b, values in ttft.items()}
+        attainments = [attainments[0], *attainments]
     return Curve(
         group=group,
         tp=tp,
@@ -158,6 +209,8 @@ def _curve(profile: Profile, points: Sequence[OperatingPoint], safety_margin: fl
         runnings=tuple(runnings),
         runnings_p99=tuple(runnings_p99),
         ttft_p99_ms={b: tuple(values) for b, values in ttft.items()},
+        attainments=tuple(attainments),
+        error_ratio=sqrt(fmean(p.power_error_ratio**2 for p in points)),
     )
 
 
@@ -181,7 +234,7 @@ def knee_rps(points: Sequence[OperatingPoint], slo: Slo) -> float:
     """Largest load in SLO of one instance at one clock, without margin: the last measured one that is, plus the way
     to the next as far as attainment and gap allow. `points` by rising load; 0 when the lightest is not in SLO."""
     weights = [float(max(p.requests, 1)) for p in points]
-    attainment = [-value for value in _rising([-p.attainment_worst for p in points], weights)]
+    attainment = [-value for value in _rising([-p.attainment_low for p in points], weights)]
     gap = _rising([p.gap_p99_ms for p in points], weights)
     good = [a >= slo.attainment and g <= slo.token_gap_p99_ms for a, g in zip(attainment, gap, strict=True)]
     if not good[0]:
@@ -209,6 +262,33 @@ def _knees_rise_with_clock(rising: Sequence[Curve]) -> tuple[Curve, ...]:
         limit = min(limit, curve.max_rate_rps)
         clean.append(replace(curve, max_rate_rps=limit))
     return tuple(reversed(clean))
+
+
+def _within(curve: Curve, watts: float) -> Curve:
+    """A curve up to the load at which it draws so much; without any load where even idle draws more."""
+    if curve.powers_w[-1] <= watts:
+        return curve
+    if curve.powers_w[0] > watts:
+        rate_rps, last = 0.0, 1
+    else:
+        last = bisect_right(curve.powers_w, watts)
+        rate_rps = _interpolate(curve.powers_w, curve.rates_rps, watts) or 0.0
+
+    def cut(values: Sequence[float]) -> tuple[float, ...]:
+        kept = values[:last]
+        end = _interpolate(curve.rates_rps, values, rate_rps)
+        return (*kept, end) if end is not None and rate_rps > curve.rates_rps[last - 1] else tuple(kept)
+
+    return replace(
+        curve,
+        max_rate_rps=min(curve.max_rate_rps, rate_rps),
+        rates_rps=cut(curve.rates_rps),
+        powers_w=cut(curve.powers_w),
+        runnings=cut(curve.runnings),
+        runnings_p99=cut(curve.runnings_p99),
+        attainments=cut(curve.attainments),
+        ttft_p99_ms={bucket: cut(values) for bucket, values in curve.ttft_p99_ms.items()},
+    )
 
 
 def _rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:

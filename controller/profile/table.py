@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from common.errors import UserError
@@ -22,7 +23,13 @@ from controller.domain.classes import Bucket, ClassGroup, ClassScheme, RequestCl
 from controller.domain.decision import canonical_json
 from controller.domain.slo import Slo
 
-SCHEMA = 1
+# A profile is written in the oldest form that holds all of it, so that its checksum does not change with the program.
+SCHEMA = 2
+PLAIN_SCHEMA = 1  # without power caps, actuators and repeats
+
+
+# How the fingerprint of a real engine begins: `vllm 0.9.2, bf16, ...`.
+ENGINE = "vllm "
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +50,26 @@ class OperatingPoint:
     running_mean: float  # requests in the batch, time-weighted
     running_p99: float
     requests: int  # measured, for judging the noise
+    cap_w: float | None = None  # power limit of each GPU, the clock free up to `mhz`; None: the clock is locked at it
+    repeats: int = 1  # measurements that the values are means of
+    power_sd_w: float = 0.0  # standard deviation over the repeats; 0 for one
+    attainment_sd: float = 0.0
+
+    @property
+    def power_error_ratio(self) -> float:
+        """Standard error of the mean power, as a share of it; 0 where nothing was repeated."""
+        return self.power_sd_w / self.power_w / math.sqrt(self.repeats) if self.power_w > 0 else 0.0
+
+    @property
+    def attainment_low(self) -> float:
+        """The attainment less its standard error: what the gate counts on."""
+        return self.attainment_worst - self.attainment_sd / math.sqrt(self.repeats)
 
     def in_slo(self, slo: Slo) -> bool:
-        return self.attainment_worst >= slo.attainment and self.gap_p99_ms <= slo.token_gap_p99_ms
+        return self.attainment_low >= slo.attainment and self.gap_p99_ms <= slo.token_gap_p99_ms
 
     def to_json_value(self) -> dict[str, Any]:
-        return {
+        value: dict[str, Any] = {
             "group": self.group,
             "tp": self.tp,
             "mhz": self.mhz,
@@ -64,6 +85,12 @@ class OperatingPoint:
             "running_p99": _number(self.running_p99),
             "requests": self.requests,
         }
+        if self.cap_w is not None:
+            value["cap_w"] = _number(self.cap_w)
+        if self.repeats > 1:
+            value["repeats"] = self.repeats
+            value["power_sd_w"], value["attainment_sd"] = _number(self.power_sd_w), _number(self.attainment_sd)
+        return value
 
     @staticmethod
     def from_json_value(value: Mapping[str, Any]) -> OperatingPoint:
@@ -83,6 +110,66 @@ class OperatingPoint:
             running_mean=_number(value["running_mean"]),
             running_p99=_number(value["running_p99"]),
             requests=int(value["requests"]),
+            cap_w=_number(value["cap_w"]) if "cap_w" in value else None,
+            repeats=int(value.get("repeats", 1)),
+            power_sd_w=_number(value.get("power_sd_w", 0.0)),
+            attainment_sd=_number(value.get("attainment_sd", 0.0)),
+        )
+
+
+class Actuator(StrEnum):
+    """What holds an instance's power down."""
+
+    CLOCK = "clock"
+    CAP = "cap"
+    EITHER = "either"  # the measurements do not tell them apart: the clock is taken
+
+
+SERVING = "serving"  # a mixed load, beside the phases of controller/calibrate
+
+
+@dataclass(frozen=True, slots=True)
+class ActuatorRow:
+    """The best clock lock against the best power cap at one load, both within the SLO and measured."""
+
+    phase: str  # "serving", or "prefill" or "decode" alone
+    group: str  # "" where a phase ran alone
+    tp: int
+    load: float  # requests/s per instance; tokens/s where a phase ran alone
+    mhz: int | None  # None: no lock keeps the SLO
+    clock_power_w: float  # of the whole instance
+    cap_w: float | None  # of each GPU; None: no cap keeps the SLO
+    cap_power_w: float
+    error_ratio: float  # of the difference: standard error as a share of the power
+    better: Actuator
+
+    def to_json_value(self) -> dict[str, Any]:
+        return {
+            "phase": self.phase,
+            "group": self.group,
+            "tp": self.tp,
+            "load": _number(self.load),
+            "mhz": self.mhz,
+            "clock_power_w": _number(self.clock_power_w),
+            "cap_w": None if self.cap_w is None else _number(self.cap_w),
+            "cap_power_w": _number(self.cap_power_w),
+            "error_ratio": _number(self.error_ratio),
+            "better": self.better.value,
+        }
+
+    @staticmethod
+    def from_json_value(value: Mapping[str, Any]) -> ActuatorRow:
+        return ActuatorRow(
+            phase=str(value["phase"]),
+            group=str(value["group"]),
+            tp=int(value["tp"]),
+            load=_number(value["load"]),
+            mhz=None if value["mhz"] is None else int(value["mhz"]),
+            clock_power_w=_number(value["clock_power_w"]),
+            cap_w=None if value["cap_w"] is None else _number(value["cap_w"]),
+            cap_power_w=_number(value["cap_power_w"]),
+            error_ratio=_number(value["error_ratio"]),
+            better=Actuator(value["better"]),
         )
 
 
@@ -140,6 +227,13 @@ class Profile:
     work: TokenWork
     starts: Mapping[int, StartCost] = field(default_factory=dict)  # by tp
     provenance: str = ""  # who measured it, on what
+    cap_points: tuple[OperatingPoint, ...] = ()  # the same measured under power caps, clocks free
+    actuators: tuple[ActuatorRow, ...] = ()  # what the two were found to be worth (profile/actuator.py)
+
+    @property
+    def schema(self) -> int:
+        new = self.cap_points or self.actuators or any(point.repeats > 1 for point in self.points)
+        return SCHEMA if new else PLAIN_SCHEMA
 
     @property
     def full_mhz(self) -> int:
@@ -214,8 +308,9 @@ class Profile:
             raise UserError(f"{name}: not valid JSON: {error}.", "Export it again.") from None
         if not isinstance(data, dict):
             raise UserError(f"{name}: not a JSON object.", "Export it again.")
-        if data.get("schema") != SCHEMA:
-            raise UserError(f"{name}: schema {data.get('schema')!r}, this program reads {SCHEMA}.", "Calibrate again.")
+        if data.get("schema") not in (PLAIN_SCHEMA, SCHEMA):
+            read = f"{PLAIN_SCHEMA} and {SCHEMA}"
+            raise UserError(f"{name}: schema {data.get('schema')!r}, this program reads {read}.", "Calibrate again.")
         try:
             profile = _parse(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -226,8 +321,8 @@ class Profile:
 
 
 def _body(profile: Profile) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
+    body: dict[str, Any] = {
+        "schema": profile.schema,
         "model": profile.model,
         "gpu": profile.gpu,
         "engine": profile.engine,
@@ -260,6 +355,11 @@ def _body(profile: Profile) -> dict[str, Any]:
         },
         "provenance": profile.provenance,
     }
+    if profile.cap_points:
+        body["cap_points"] = [point.to_json_value() for point in profile.cap_points]
+    if profile.actuators:
+        body["actuators"] = [row.to_json_value() for row in profile.actuators]
+    return body
 
 
 def _parse(data: Mapping[str, Any]) -> Profile:
@@ -292,6 +392,8 @@ def _parse(data: Mapping[str, Any]) -> Profile:
         work=TokenWork(_number(data["work"]["input_s"]), _number(data["work"]["output_s"])),
         starts={int(tp): StartCost(_number(s["start_s"]), _number(s["start_j"])) for tp, s in data["starts"].items()},
         provenance=str(data["provenance"]),
+        cap_points=tuple(OperatingPoint.from_json_value(point) for point in data.get("cap_points", ())),
+        actuators=tuple(ActuatorRow.from_json_value(row) for row in data.get("actuators", ())),
     )
 
 

@@ -37,6 +37,7 @@ from controller.fleet.port import (
     Tick,
 )
 from controller.loop.core import Core
+from controller.loop.orders import CorrectProfile, NoteEngines
 from controller.loop.settings import LoopSettings
 from controller.loop.snapshot import settings_of
 from controller.loop.state import Instant
@@ -170,6 +171,7 @@ class _Shadow:
         state.mode, state.modes = Mode.ACTIVE, {}
         state.solving.clear()
         state.acting.clear()
+        state.capping.clear()
         for node in state.nodes.values():
             self._node(node)
             for seen in node.instances:
@@ -193,6 +195,8 @@ class _Shadow:
                             self._begin_ticks(now_s)
                     case LoadSeen():
                         self._handle(now_s, told.event)
+                    case CorrectProfile() | NoteEngines():  # what was known of the profile holds for any policy
+                        self.core.order(Instant(now_s, now_s + self.wall_offset_s), told.event)
                     case _:
                         pass
 

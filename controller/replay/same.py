@@ -16,7 +16,7 @@ from controller.domain.decision import Decision, canonical_json
 from controller.domain.reasons import Level
 from controller.fleet.port import EffectDone
 from controller.loop.core import Core
-from controller.loop.orders import PlanNow, SetMode
+from controller.loop.orders import Order
 from controller.policy.milp.model import solve
 from controller.policy.milp.problem import PartitionResult, PlanSolution
 from controller.replay.inputs import Reader, Stretch, Told, core_of, solution_of, stretches
@@ -73,7 +73,7 @@ def decisions_of(engine: Engine, stretch: Stretch, report: Report) -> Iterator[D
     for frame in stretch.frames:
         for told in reader.events(frame):
             event = told.event
-            if isinstance(event, SetMode | PlanNow):
+            if isinstance(event, Order):
                 yield from core.order(told.now, event).decisions
                 continue
             if isinstance(event, EffectDone) and told.solution is not None:

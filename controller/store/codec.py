@@ -14,12 +14,14 @@ import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from controller.domain.classes import RequestClass
 from controller.domain.decision import Decision, Json, SolverReport, canonical_json
 from controller.domain.layout import Layout, PlannedInstance
 from controller.domain.reasons import Level, Mode, Reason
-from controller.store.models import DecisionModel, DecisionOutcomeModel, NodeModel, OrderModel, PlanModel
+from controller.store.models import ChoiceModel, DecisionModel, DecisionOutcomeModel, NodeModel, OrderModel, PlanModel
 from controller.store.records import (
     ActionRecord,
+    ChoiceRecord,
     DecisionOutcome,
     InputFrame,
     InputSnapshot,
@@ -219,6 +221,25 @@ def _to_row(record: Record) -> Row:
                     "why": record.why,
                 },
             )
+        case ChoiceRecord():
+            return Row(
+                "choices",
+                {
+                    "gateway_id": record.gateway_id,
+                    "epoch": record.epoch,
+                    "number": record.number,
+                    "chosen_at": record.chosen_at_s,
+                    "model": record.model,
+                    "request_class": str(record.request_class),
+                    "input_tokens": record.input_tokens,
+                    "pool": record.pool,
+                    "instance_id": record.instance_id,
+                    "decided_by": record.decided_by,
+                    "queue_ms": record.queue_ms,
+                    "speaks_for": record.speaks_for,
+                    "alternatives": canonical_json(list(record.alternatives)),
+                },
+            )
         case SavingRow():
             values = asdict(record)
             return Row("saving_days", {**values, "computed_at": values.pop("computed_at_s")})
@@ -321,6 +342,24 @@ def to_plan(row: PlanModel) -> PlanRecord:
             )
         ),
         pools=_object(row.pools),
+    )
+
+
+def to_choice(row: ChoiceModel) -> ChoiceRecord:
+    return ChoiceRecord(
+        gateway_id=row.gateway_id,
+        epoch=row.epoch,
+        number=row.number,
+        chosen_at_s=row.chosen_at,
+        model=row.model,
+        request_class=RequestClass.parse(row.request_class),
+        input_tokens=row.input_tokens,
+        pool=row.pool,
+        instance_id=row.instance_id,
+        decided_by=row.decided_by,
+        queue_ms=row.queue_ms,
+        speaks_for=row.speaks_for,
+        alternatives=tuple(json.loads(row.alternatives)),
     )
 
 

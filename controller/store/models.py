@@ -286,6 +286,28 @@ class OrderModel(Base):
     why: Mapped[str] = mapped_column(Text)
 
 
+class ChoiceModel(Base):
+    """A sample of the gateways' choices, each with the alternatives and why they lost."""
+
+    __tablename__ = "choices"
+    __table_args__ = (UniqueConstraint("gateway_id", "epoch", "number"), Index(None, "chosen_at"))
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
+    gateway_id: Mapped[str] = mapped_column(Name)
+    epoch: Mapped[str] = mapped_column(Name)
+    number: Mapped[int] = mapped_column(BigInteger)
+    chosen_at: Mapped[float] = mapped_column(UtcSeconds)
+    model: Mapped[str] = mapped_column(Name)
+    request_class: Mapped[str] = mapped_column(Name)
+    input_tokens: Mapped[int] = mapped_column(BigInteger)
+    pool: Mapped[str] = mapped_column(Name)
+    instance_id: Mapped[str] = mapped_column(Name)
+    decided_by: Mapped[str] = mapped_column(Name)
+    queue_ms: Mapped[float]
+    speaks_for: Mapped[int] = mapped_column(BigInteger)
+    alternatives: Mapped[str] = mapped_column(Text)
+
+
 class SavingDayModel(Base):
     """What each day saved, as computed last: one row per day, pool and counterfactual."""
 

@@ -7,7 +7,7 @@ under, so that a restarted controller's rows never collide with its predecessor'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -30,6 +30,9 @@ class ActionKind(StrEnum):
 
     APPLY_CLOCKS = "apply_clocks"
     RELEASE_CLOCKS = "release_clocks"
+    APPLY_CAPS = "apply_caps"
+    RELEASE_CAPS = "release_caps"
+    POWER_NODE = "power_node"
     START_INSTANCE = "start_instance"
     DRAIN_INSTANCE = "drain_instance"
     STOP_INSTANCE = "stop_instance"
@@ -203,11 +206,14 @@ class OrderKind(StrEnum):
 
     MODE = "mode"
     PLAN = "plan"
+    BUDGET = "budget"
+    TRIAL = "trial"  # its value is the plan (controller/trial.py); empty: it is stopped
 
 
 @dataclass(frozen=True, slots=True)
 class OrderRecord:
-    """An order that was taken: who asked for what. (term, number) is unique. `value` is a mode, or empty;
+    """An order that was taken: who asked for what. (term, number) is unique. `value` is a mode, a
+    budget's watts (empty where it is lifted), or empty;
     `until_s` the wall time at which it ends by itself."""
 
     term: int
@@ -243,6 +249,27 @@ class SavingRow:
     computed_at_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class ChoiceRecord:
+    """Why a gateway sent one request where it did: one choice out of `speaks_for`. (gateway, epoch, number) is unique.
+
+    `alternatives`: {instance, pool, lost_by, in_flight, pending_tokens, score} of the others, the nearest first."""
+
+    gateway_id: str
+    epoch: str
+    number: int
+    chosen_at_s: float
+    model: str
+    request_class: RequestClass
+    input_tokens: int
+    pool: str
+    instance_id: str
+    decided_by: str
+    queue_ms: float
+    speaks_for: int
+    alternatives: Sequence[Json] = ()
+
+
 Record = (
     Decision
     | DecisionOutcome
@@ -257,4 +284,5 @@ Record = (
     | InputSnapshot
     | OrderRecord
     | SavingRow
+    | ChoiceRecord
 )

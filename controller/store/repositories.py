@@ -18,11 +18,12 @@ from sqlalchemy.orm import InstrumentedAttribute
 from controller.domain.decision import Decision
 from controller.domain.gpu_state import GpuState
 from controller.domain.reasons import Level
-from controller.store.codec import Row, to_decision, to_decision_outcome, to_node, to_order, to_plan, to_row
+from controller.store.codec import Row, to_choice, to_decision, to_decision_outcome, to_node, to_order, to_plan, to_row
 from controller.store.engine import StoreUnavailable, first_line, is_unavailable, reading, writing
 from controller.store.models import (
     ActionModel,
     Base,
+    ChoiceModel,
     DecisionModel,
     DecisionOutcomeModel,
     NodeModel,
@@ -32,7 +33,16 @@ from controller.store.models import (
     SavingDayModel,
     TelemetryMinuteModel,
 )
-from controller.store.records import ActionKind, DecisionOutcome, NodeRecord, OrderKind, OrderRecord, PlanRecord, Record
+from controller.store.records import (
+    ActionKind,
+    ChoiceRecord,
+    DecisionOutcome,
+    NodeRecord,
+    OrderKind,
+    OrderRecord,
+    PlanRecord,
+    Record,
+)
 
 # ---------------------------------------------------------------------------------------------------- writing
 
@@ -83,6 +93,14 @@ class StoredDecision:
     id: int
     decision: Decision
     outcome: DecisionOutcome | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChoice:
+    """`id` is what people name it by."""
+
+    id: int
+    record: ChoiceRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +230,39 @@ def list_orders(engine: Engine, limit: int = 50) -> tuple[OrderRecord, ...]:
     """Newest first."""
     with reading(engine) as session:
         return tuple(map(to_order, session.scalars(select(OrderModel).order_by(OrderModel.id.desc()).limit(limit))))
+
+
+def list_choices(
+    engine: Engine, *, since_s: float | None = None, pool: str = "", limit: int = 50
+) -> tuple[StoredChoice, ...]:
+    """The gateways' sampled choices, newest first."""
+    query = select(ChoiceModel).where(*_between(ChoiceModel.chosen_at, since_s, None))
+    if pool:
+        query = query.where(ChoiceModel.pool == pool)
+    query = query.order_by(ChoiceModel.chosen_at.desc(), ChoiceModel.id.desc()).limit(limit)
+    with reading(engine) as session:
+        return tuple(StoredChoice(row.id, to_choice(row)) for row in session.scalars(query))
+
+
+def get_choice(engine: Engine, choice_id: int) -> StoredChoice | None:
+    with reading(engine) as session:
+        row = session.get(ChoiceModel, choice_id)
+        return None if row is None else StoredChoice(row.id, to_choice(row))
+
+
+@dataclass(frozen=True, slots=True)
+class SavedProfile:
+    checksum: str
+    saved_at_s: float
+    body: str
+
+
+def find_profiles(engine: Engine, checksum: str) -> list[SavedProfile]:
+    """Profiles whose checksum begins so, the newest first; all for "". Raises StoreUnavailable."""
+    row = ProfileModel
+    query = select(row).where(row.checksum.startswith(checksum, autoescape=True)).order_by(row.saved_at.desc())
+    with reading(engine) as session:
+        return [SavedProfile(found.checksum, found.saved_at, found.body) for found in session.scalars(query)]
 
 
 def get_profile(engine: Engine, checksum: str) -> str | None:

@@ -40,6 +40,7 @@ AGE_COLUMN: Mapping[str, str] = {
     "input_frames": "ended_at",
     "input_snapshots": "taken_at",
     "orders": "ordered_at",
+    "choices": "chosen_at",
 }
 ROLLED_UP = ("telemetry_minute", "load_minute", "slo_minute")
 

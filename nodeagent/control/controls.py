@@ -121,7 +121,7 @@ class Controls:
         reason: str,
         kinds: Collection[ControlKind] = frozenset(ControlKind),
     ) -> list[Result]:
-        """Restores what `owner`'s kind holds of these controls; on GPUs named one by one also what a weaker one holds."""
+        """Restores what `owner`'s kind holds, of these kinds; on GPUs named one by one also what a weaker one holds."""
         self._admit(owner, term)
         named = set(gpu_uuids)
         live = self._leases.live(self._clock.monotonic_s())

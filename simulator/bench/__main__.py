@@ -17,6 +17,7 @@ from simulator.bench.metric import Metric, report
 MODULES = {
     "simulator": "simulator.bench.twin",
     "ledger": "simulator.bench.study",
+    "emergency": "simulator.bench.emergency",
     "planner": "simulator.bench.planner",
     "nodeagent": "tests.bench_nodeagent",
     "controller": "tests.bench_controller",

@@ -19,7 +19,7 @@ from controller.domain.classes import ALL_CLASSES, ClassGroup, ClassScheme
 from controller.domain.layout import Gpu, Layout, Node
 from controller.domain.slo import Slo
 from controller.fleet.port import InstanceState
-from controller.policy.frequency import InstanceLoad, choose_clock
+from controller.policy.frequency import ClockAsk, InstanceLoad, choose_clock, choose_clocks
 from controller.policy.milp.columns import build_columns
 from controller.policy.milp.model import CBC, HIGHS, build, solve
 from controller.policy.milp.problem import PartitionResult, PlanProblem, PoolDemand
@@ -49,6 +49,7 @@ RETIRE_J = {2: 5e3, 4: 10e3, 8: 20e3}
 HORIZON_S = 1800.0
 
 CLOCK_INSTANCES = 3000
+CLOCK_FLEETS = (3000, 100)  # instances that are asked for at once
 CLOCK_US = 5.0
 PLACED_NODES = 1000
 PLACED_S = 2.0
@@ -70,7 +71,7 @@ def measure(say: Callable[[str], None]) -> list[Metric]:
     for gpus in TARGET_MS:
         metrics += plain_cbc(gpus)
     say("clocks")
-    metrics.append(clocks())
+    metrics += clocks()
     say(f"placement and transition of {PLACED_NODES} nodes")
     return metrics + placement()
 
@@ -248,22 +249,30 @@ def random_fit(draw: random.Random) -> ProfileFit:
 # --------------------------------------------------------------------------------------- clocks, places, steps
 
 
-def clocks() -> Metric:
-    """Microseconds of one instance's choice, over a fleet."""
+def clocks() -> list[Metric]:
+    """Microseconds of one instance's choice: over fleets as the instance manager asks, and one by one."""
     draw = random.Random(0)
     fitted = random_fit(draw)
     fleet = []
     for _ in range(CLOCK_INSTANCES):
         curve = draw.choice(list(fitted.curves.values()))
         load = draw.uniform(0.0, 1.0)
-        fleet.append((curve, InstanceLoad(load * curve.max_rate_rps, 60.0 * load, 0.0, 0.5)))
+        said = InstanceLoad(load * curve.max_rate_rps, 60.0 * load, 0.0, 0.5)
+        fleet.append(ClockAsk(curve.group, curve.tp, said, curve.mhz))
+    metrics = []
+    for instances in CLOCK_FLEETS:
+        some = fleet[:instances]
+        rounds = CLOCK_INSTANCES // instances
+        times = [_timed(_repeat, rounds, choose_clocks, fitted, some)[0] for _ in range(REPEATS)]
+        each = [1e6 * s / (rounds * instances) for s in times]
+        metrics.append(of_repeats(f"clock_us_per_instance.{instances}", each, "us", CLOCK_US))
+    alone = [_timed(lambda: [choose_clock(fitted, *ask) for ask in fleet])[0] for _ in range(REPEATS)]
+    return [*metrics, of_repeats("clock_us_one_by_one", [1e6 * s / CLOCK_INSTANCES for s in alone], "us")]
 
-    def choose() -> None:
-        for curve, load in fleet:
-            choose_clock(fitted, curve.group, curve.tp, load, curve.mhz)
 
-    times = [_timed(choose)[0] for _ in range(REPEATS)]
-    return of_repeats("clock_us_per_instance", [1e6 * s / CLOCK_INSTANCES for s in times], "us", CLOCK_US)
+def _repeat(rounds: int, work: Callable[..., object], *arguments: object) -> None:
+    for _ in range(rounds):
+        work(*arguments)
 
 
 def placement() -> list[Metric]:

@@ -12,8 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -28,6 +26,7 @@ from simulator.outcome import figures
 from simulator.physics import Physics
 from simulator.systems import SYSTEMS, run_system
 from simulator.traces import Trace, generate
+from simulator.workers import open_processes
 
 INSTANCES = (12, 40, 160)
 RATE_RPS = 4.0  # per instance of TP8 at full clock; twelve of them carry about 7.6 each
@@ -88,7 +87,7 @@ def measure(say: Say) -> list[Metric]:
     for instances in WEEK_INSTANCES:
         say(f"a week of {WEEK_REQUESTS / 1e6:.1f} M requests on {instances} instances")
         # In a process of its own, so that its peak of memory is its own.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with open_processes(1) as pool:
             seconds, generate_s, gib = pool.submit(week, instances).result()
         metrics += [
             Metric(f"week_static_s.{instances}", seconds, "s", target=TARGET_WEEK_S),
@@ -105,7 +104,7 @@ def controlled_weeks(say: Say) -> list[Metric]:
     seconds_per_million = []
     for nodes, requests in WEEKS:
         say(f"a week of {requests / 1e6:.1f} M requests on {nodes} nodes under the controller")
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with open_processes(1) as pool:
             wall_s, cpu_s, served, gib, attainment = pool.submit(controlled_week, nodes, requests).result()
         seconds_per_million.append(1e6 * cpu_s / served)
         metrics += [

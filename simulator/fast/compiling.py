@@ -18,7 +18,9 @@ import numba
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # All that reaches the machine code. A test holds that these modules import nothing of ours but each other.
-SOURCES = tuple(Path(__file__).parent / name for name in ("compiling.py", "engine.py", "gateway.py", "layout.py"))
+SOURCES = tuple(
+    Path(__file__).parent / name for name in ("compiling.py", "crashing.py", "engine.py", "gateway.py", "layout.py")
+)
 _CONFIG: Any = numba.config  # its settings are made from the environment, so type checkers do not know them
 # Arithmetic is deterministic: no fast-math. With numpy's errors, a division needs no branch for a zero below it.
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from simulator.fast.compiling import part
 from simulator.fast.layout import (
+    ASLEEP,
+    AT_ASLEEP,
     AT_DRAINING,
     BASE_J,
     BASE_S,
@@ -92,7 +94,8 @@ def hold(front: Record, more: int, prompt_tokens: int, fleet: Record) -> None:
     front.held += more
     front.pending += prompt_tokens
     load = front.held + 1 + front.pending / fleet.prompt_tokens
-    front.score = load / front.weight if front.held < front.limit else inf
+    room = front.held < front.limit and front.pending < front.most_pending
+    front.score = load / front.weight if room else inf
 
 
 @part
@@ -107,7 +110,10 @@ def rest(now_s: float, instance: Record, rates: Array) -> None:
     """Nothing to run: idle from now on, at the present clock."""
     book(now_s, instance)
     instance.power_w = rates[instance.cost_row].idle_w
-    instance.account = IDLE if instance.state == READY else AT_DRAINING
+    if instance.state == READY:
+        instance.account = IDLE
+    else:
+        instance.account = AT_ASLEEP if instance.state == ASLEEP else AT_DRAINING
 
 
 @part
@@ -148,10 +154,10 @@ def begin(
         _preempt(now_s, instance, slots)
         preempted = True
     decoding = instance.decoding
-    tokens = decoding
+    tokens = 0  # of prompts
     units = 0.0
     if instance.prefilling > 0 or instance.waiting > 0:
-        budget = fleet.chunk_tokens - decoding
+        budget = fleet.chunk_tokens - (0 if fleet.prefill_first else decoding)
         if instance.prefilling > 0:
             # All but the last prompt of a run are completed by it, so at most one is left over.
             slot = slots[instance.prefill[0]]
@@ -179,22 +185,29 @@ def begin(
             units += chunk * (chunk / 2)
             budget -= chunk
             tokens += chunk
+    batch = decoding
+    if tokens > 0 and decoding > 0 and fleet.prefill_first:
+        _pause(now_s, instance, slots)
+        batch = 0
+    tokens += batch
     if tokens == 0:
         front.end_s = inf
         rest(now_s, instance, rates)
         return
+    instance.batch = batch
     rate = rates[instance.cost_row]
-    base = cost[instance.cost_row, tokens]
-    if instance.prefilling > 0:
+    if tokens > batch:
+        base = cost[2 * instance.cost_row, tokens]
         attention_s = units * rate.attention_s
-        memory_s = (instance.decode_kv + decoding) * rate.kv_s + decoding * rate.sequence_s
+        memory_s = (instance.decode_kv + batch) * rate.kv_s + batch * rate.sequence_s if batch > 0 else 0.0
         seconds = base[BASE_S] + attention_s + memory_s
         joules = base[BASE_J] + attention_s * base[TENSOR_W] + memory_s * rate.kv_w
-        if decoding > 0 and seconds < rate.floor_s:
+        if batch > 0 and seconds < rate.floor_s:
             joules += (rate.floor_s - seconds) * rate.idle_w
             seconds = rate.floor_s
         instance.steps = 1
     else:
+        base = cost[2 * instance.cost_row + 1, tokens]
         seconds, joules = _plan_decode(instance, rate, base[BASE_S], base[BASE_J])
     book(now_s, instance)
     instance.account = SERVING if instance.state == READY else AT_DRAINING
@@ -209,8 +222,6 @@ def _plan_decode(instance: Record, rate: Record, base_s: float, base_j: float) -
     decoding = instance.decoding
     context = instance.decode_kv + decoding
     slope_s, slope_j = rate.kv_s, rate.kv_s * rate.kv_w
-    base_s += decoding * rate.sequence_s
-    base_j += decoding * rate.sequence_s * rate.kv_w
     steps = (instance.heap[0] >> SLOT_BITS) - instance.step
     free = _free_tokens(instance)
     if free < steps * decoding:
@@ -223,6 +234,8 @@ def _plan_decode(instance: Record, rate: Record, base_s: float, base_j: float) -
             slope_j -= slope_s * rate.idle_w
             slope_s = 0.0
             steps = min(steps, int((on_floor - context) // decoding) + 1)
+    if instance.paused:
+        steps = 1  # its gaps are longer than itself, so they are counted apart
     step_s, growth_s = base_s + slope_s * context, slope_s * decoding
     step_j, growth_j = base_j + slope_j * context, slope_j * decoding
     instance.steps = steps
@@ -237,14 +250,21 @@ def finish(instance: Record, front: Record, slots: Array, gaps: Array, results: 
     """Ends the run in flight; the number of requests that finished with it."""
     end_s = front.end_s
     book(end_s, instance)
-    decoding = instance.decoding
-    instance.step += instance.steps
+    decoding = instance.batch
+    fleet.running_s[instance.decoding + instance.prefilling] += end_s - instance.start_s
     finished = 0
     if decoding > 0:
+        instance.step += instance.steps
         instance.decode_kv += instance.steps * decoding
-        counts = gaps[gap_bin((end_s - instance.start_s) / instance.steps)]
-        for number in range(CLASSES):
-            counts[number] += instance.steps * instance.by_class[number]
+        if instance.paused:
+            instance.paused = 0
+            for place in range(decoding):
+                slot = slots[instance.heap[place] & SLOT_MASK]
+                gaps[gap_bin(end_s - slot.last_token_s), slot.request_class] += 1
+        else:
+            counts = gaps[gap_bin((end_s - instance.start_s) / instance.steps)]
+            for number in range(CLASSES):
+                counts[number] += instance.steps * instance.by_class[number]
         while instance.decoding > 0 and instance.heap[0] >> SLOT_BITS <= instance.step:
             index = instance.heap[0] & SLOT_MASK
             _remove(instance.heap, instance.decoding, 0)
@@ -278,6 +298,7 @@ def finish(instance: Record, front: Record, slots: Array, gaps: Array, results: 
                 _complete(end_s, index, slot, front, results, fleet)
                 finished += 1
                 continue
+            slot.last_token_s = end_s
             slot.joined_step = instance.step
             instance.joins += 1
             slot.join = instance.joins
@@ -304,6 +325,15 @@ def _free_tokens(instance: Record) -> int:
 
 
 @part
+def _pause(now_s: float, instance: Record, slots: Array) -> None:
+    """Prefills go first now; those that joined meanwhile know their last token already."""
+    if not instance.paused:
+        for place in range(instance.decoding):
+            slots[instance.heap[place] & SLOT_MASK].last_token_s = now_s
+    instance.paused = 1
+
+
+@part
 def _preempt(now_s: float, instance: Record, slots: Array) -> None:
     """Puts the last admitted back to the head of the queue; its KV is to be computed anew."""
     if instance.prefilling > 0:
@@ -324,7 +354,8 @@ def _preempt(now_s: float, instance: Record, slots: Array) -> None:
         made = instance.step - slot.joined_step
         slot.generated += made
         instance.decode_kv -= slot.target + made
-        slot.last_token_s = now_s
+        if not instance.paused:
+            slot.last_token_s = now_s
     slot.target = slot.input + slot.generated
     slot.prefilled = 0
     slot.preemptions += 1

@@ -16,18 +16,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.domain.classes import ALL_CLASSES, Bucket, ClassScheme, RequestClass
+from controller.domain.reasons import Stage
 from controller.domain.slo import Slo
 from controller.fleet.port import QueueObservation, RoutedInstance, RoutedPool
 from controller.gateway.classify import PRIOR_REQUESTS, REMEMBERED_REQUESTS
 from controller.policy.routing import PROMPT_TOKENS_PER_REQUEST, load_of, pools_for
-from simulator.engine import DEFAULT_CHUNK_TOKENS, DEFAULT_MAX_RUNNING
+from simulator.engine import DEFAULT_MAX_RUNNING, token_budget
 from simulator.fast import layout
-from simulator.fast.gateway import serve, set_clocks
+from simulator.fast.crashing import crash
+from simulator.fast.gateway import QUEUE_FULL, TOO_LATE, count_at_risk, count_late, serve, set_clocks
 from simulator.fast.layout import (
     ABSENT,
+    ASLEEP,
+    AT_ASLEEP,
     AT_DRAINING,
     AT_LOADING,
     CLASSES,
+    COPYING,
     DRAINING,
     FLEET,
     FRONT,
@@ -52,7 +57,8 @@ MAX_WAITING = 10_000
 QUANTILE = 0.8
 _FIRST_SLOTS = 4096
 _FIRST_ROWS = 16
-_NO_FRONT = (inf, inf, 1.0, 0, 0, 0)
+NO_LIMIT = 1 << 62
+_NO_FRONT = (inf, inf, 1.0, 0, 0, 0, NO_LIMIT)
 
 
 class ClassRow(NamedTuple):
@@ -97,9 +103,10 @@ class FastEngines:
         seed: int = 0,
         slo: Slo | None = None,
         scheme: ClassScheme | None = None,
-        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
         max_running: int = DEFAULT_MAX_RUNNING,
     ) -> None:
+        chunk_tokens = chunk_tokens or token_budget(physics)
         if not max_running <= min(chunk_tokens, MOST_RUNNING):
             raise ValueError(f"max_running ({max_running}) must be at most chunk_tokens and {MOST_RUNNING}")
         if len(trace) and min(trace.input_tokens.min(), trace.output_tokens.min()) < 1:
@@ -131,6 +138,7 @@ class FastEngines:
         fleet["start_s"] = start_s
         fleet["free_slot"] = NONE
         fleet["chunk_tokens"], fleet["max_running"] = chunk_tokens, max_running
+        fleet["prefill_first"] = physics.prefill_first
         fleet["choices"] = choices or 0
         fleet["max_waiting"] = MAX_WAITING
         fleet["prompt_tokens"] = PROMPT_TOKENS_PER_REQUEST
@@ -230,6 +238,38 @@ class FastEngines:
             raise ValueError(f"instance {row} still has work")
         self._instances[row]["state"], self._instances[row]["account"] = STOPPING, AT_DRAINING
 
+    def crash(self, row: int) -> None:
+        """It dies: what it held waits again or is lost. Its GPUs are parked, but not proven free yet."""
+        crash(
+            row,
+            self.physics.idle_w(self.physics.clocks_mhz[-1], context=False),
+            self._fleet,
+            self._fronts,
+            self._instances,
+            self._slots,
+            self.results,
+        )
+
+    def copy(self, row: int) -> None:
+        """An empty instance moves its weights to host memory; it gets nothing more."""
+        if not self.is_empty(row):
+            raise ValueError(f"instance {row} still has work")
+        self._instances[row]["state"] = COPYING
+        self._instances[row]["power_w"] = self.physics.loading_w
+        self._fronts[row]["limit"], self._fronts[row]["score"] = 0, inf
+
+    def sleep(self, row: int) -> None:
+        """Its weights are away; it holds its GPUs with their contexts."""
+        instance = self._instances[row]
+        instance["state"], instance["account"] = ASLEEP, AT_ASLEEP
+        instance["power_w"] = self._tables.rates["idle_w"][instance["cost_row"]]
+
+    def wake(self, row: int) -> None:
+        """It moves its weights back, until `ready`."""
+        instance = self._instances[row]
+        instance["state"], instance["account"] = LOADING, AT_LOADING
+        instance["power_w"] = self.physics.loading_w
+
     def remove(self, row: int) -> float:
         """It is gone: its row is free. Returns the joules that each of its GPUs drew."""
         instance = self._instances[row]
@@ -268,19 +308,49 @@ class FastEngines:
         self._fleet["members"] = 0
         for pool in pools:
             number = self._pools[pool.name]
-            taking = [instance for instance in pool.instances if instance.accepts_new]
+            taking = [i for i in pool.instances if i.accepts_new and self._answers(rows.get(i.instance_id))]
             fleet["members"][number] = len(taking)
             self._members[number, : len(taking)] = _alias_table(taking, [rows[i.instance_id] for i in taking])
+            limits = pool.order.limits if pool.order is not None else {}
+            most_pending = pool.order.prompt_tokens if pool.order is not None else {}
             for instance in taking:
                 front = self._fronts[rows[instance.instance_id]]
-                front["weight"], front["limit"] = instance.weight, instance.max_in_flight
-                room = front["held"] < front["limit"]
+                limit = limits.get(instance.instance_id, instance.max_in_flight)
+                front["weight"], front["limit"] = instance.weight, min(limit, instance.max_in_flight)
+                front["most_pending"] = most_pending.get(instance.instance_id, NO_LIMIT)
+                room = front["held"] < front["limit"] and front["pending"] < front["most_pending"]
                 front["score"] = load_of(int(front["held"]), int(front["pending"])) / front["weight"] if room else inf
         for number, request_class in enumerate(ALL_CLASSES):
             preference = [self._pools[pool.name] for pool in pools_for(pools, request_class)]
             fleet["preferred"][number] = len(preference)
             fleet["preference"][number, : len(preference)] = preference
+        self._obey(pools)
+        fleet["rerouted"] = 1
         self.advance(self.now_s)
+
+    def _answers(self, row: int | None) -> bool:
+        """False for an instance whose port is closed: a gateway hears that at its first try."""
+        return row is not None and self._instances[row]["state"] in (READY, DRAINING)
+
+    def _obey(self, pools: Sequence[RoutedPool]) -> None:
+        """Takes the orders that the table carries. In virtual time they are always renewed, so none expires."""
+        fleet = self._fleet[0]
+        for name in ("ordered", "reorders", "refuses", "first_token_s", "open_to"):
+            fleet[name] = 0
+        for number, request_class in enumerate(ALL_CLASSES):
+            preferred = pools_for(pools, request_class)
+            order = preferred[0].order if preferred else None
+            if order is None:
+                continue
+            fleet["ordered"] = fleet["reorders"][number] = 1
+            fleet["refuses"][number] = order.stage is Stage.REFUSE
+            fleet["first_token_s"][number] = order.first_token_s[request_class.input.rank]
+            if order.stage.rank >= Stage.MOVE.rank:
+                fleet["open_to"][number] = sum(
+                    1 << self._pools[pool.name]
+                    for pool in preferred[1:]
+                    if pool.order is None or pool.order.stage.rank < Stage.MOVE.rank
+                )
 
     def pool_names(self) -> tuple[str, ...]:
         """By the numbers that results carry."""
@@ -301,10 +371,14 @@ class FastEngines:
         )
 
     def energy_j(self) -> NDArray[np.float64]:
-        """Joules of all GPUs of all instances so far: serving, idle, loading, draining. Empty GPUs are not here."""
+        """Joules of all GPUs of all instances so far, by account (serving, idle, loading, draining, asleep)."""
         drawn_j: NDArray[np.float64] = self._instances["energy_j"] * self._instances["tp"][:, np.newaxis]
         total_j: NDArray[np.float64] = self._gone_j + drawn_j.sum(axis=0)
         return total_j
+
+    def running_s(self) -> NDArray[np.float64]:
+        """Instance-seconds of the iterations that have ended, by requests in the batch."""
+        return np.array(self._fleet["running_s"][0])
 
     def counters(self) -> dict[RequestClass, ClassRow]:
         """What a gateway would have counted since its start."""
@@ -316,19 +390,31 @@ class FastEngines:
         fleet = self._fleet[0]
         waiting = dict.fromkeys(self._pools.values(), 0)
         oldest_s = dict.fromkeys(self._pools.values(), 0.0)
+        late = np.zeros(MOST_POOLS, np.int64)
+        count_late(self.now_s, self._instances, self._slots, self._fleet, late)
+        at_risk = {pool: int(late[pool]) for pool in self._pools.values()}
         if fleet["queued"]:
-            for number in range(CLASSES):
-                if fleet["queue"][number] and fleet["preferred"][number]:
-                    own = int(fleet["preference"][number, 0])
+            counts = np.zeros(2 * CLASSES, np.int64)
+            count_at_risk(self.now_s, self._slots, self._fleet, counts)
+            for number in range(2 * CLASSES):
+                if fleet["queue"][number] and fleet["preferred"][number % CLASSES]:
+                    own = int(fleet["preference"][number % CLASSES, 0])
                     head = self._slots[fleet["queue_head"][number]]
                     waiting[own] += int(fleet["queue"][number])
                     oldest_s[own] = max(oldest_s[own], self.now_s - float(head["arrival_s"]))
+                    at_risk[own] += int(counts[number])
         return {
             name: QueueObservation(
-                waiting[self._pools[name]], int(fleet["in_flight"][self._pools[name]]), oldest_s[self._pools[name]]
+                waiting[pool], int(fleet["in_flight"][pool]), oldest_s[pool], at_risk[pool], self._refused_by(pool)
             )
             for name in self._listed
+            for pool in (self._pools[name],)
         }
+
+    def _refused_by(self, pool: int) -> dict[str, int]:
+        counts = self._fleet["refused_by"][0, pool]
+        named = {"queue_full": int(counts[QUEUE_FULL]), "too_late": int(counts[TOO_LATE])}
+        return {reason: count for reason, count in named.items() if count}
 
     @property
     def spilled(self) -> int:

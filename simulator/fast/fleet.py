@@ -7,7 +7,7 @@ same way and order as by the reference, so both give the same decisions.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from controller.domain.decision import Decision
 from controller.domain.gpu_state import GpuState
 from controller.domain.reasons import Level
 from controller.fleet.port import (
+    ApplyCaps,
     ApplyClocks,
     ClassCounters,
     DrainInstance,
@@ -30,8 +31,11 @@ from controller.fleet.port import (
     LoadSeen,
     NodeObservation,
     NodeSeen,
+    PowerNode,
     PublishRouting,
+    ReleaseCaps,
     ReleaseClocks,
+    RoutingTable,
     Solve,
     StartInstance,
     StopInstance,
@@ -41,9 +45,10 @@ from controller.loop.core import Core
 from controller.loop.state import Instant
 from controller.policy.milp.model import solve
 from simulator.fast.engines import FastEngines, Shown
-from simulator.fast.layout import AT_DRAINING, AT_LOADING, IDLE, SERVING
+from simulator.fast.layout import AT_ASLEEP, AT_DRAINING, AT_LOADING, IDLE, SERVING
 from simulator.fast.node import Hosted, Node
 from simulator.fleet import WALL_AT_ZERO_S, FleetTimes
+from simulator.incidents import Incident, IncidentKind
 from simulator.physics import Physics
 from simulator.traces import Trace
 
@@ -55,6 +60,7 @@ class _Totals(NamedTuple):
 
     energy_j: dict[GpuState, float]
     parked_gpu_s: float
+    off_node_s: float
     at_s: float
 
 
@@ -77,6 +83,7 @@ class FastResult:
     energy_j: Mapping[GpuState, float]
     parked_gpu_s: float
     window_s: float
+    off_node_s: float  # for which the provisioner had nodes off
 
     def ttft_s(self) -> NDArray[np.float64]:
         """NaN for a request that was refused."""
@@ -117,6 +124,7 @@ class FastFleet:
         sparse: bool = False,
         keep_observations: bool = False,
         on_decision: Callable[[Decision], None] | None = None,
+        incidents: Iterable[Incident] = (),
     ) -> None:
         self._core = core
         self._model = core.state.settings.model
@@ -147,9 +155,11 @@ class FastFleet:
         self._observations: list[NodeObservation] = []
         self._effects: list[tuple[float, Effect]] = []
         self._shown: Shown | None = None  # of this instant, until something is changed
-        self._opened = _Totals({}, 0.0, 0.0)
+        self._opened = _Totals({}, 0.0, 0.0, 0.0)
         self._closed = self._opened
         self._gaps_before = np.zeros_like(self.engines.gaps)
+        self._incidents = tuple(incidents)
+        self._table: RoutingTable | None = None
 
     def run(self, tail_s: float = 600.0) -> FastResult:
         """Serves the trace to its end, or until `tail_s` after the last arrival."""
@@ -163,6 +173,8 @@ class FastFleet:
             (Level.CLUSTER, settings.cluster_s),
         ):
             self._at(period_s, "tick", (level, period_s))
+        for incident in self._incidents:
+            self._at(incident.at_s, "incident", incident)
         last_s = self._start_s + float(self._trace.arrival_s[-1]) if len(self._trace) else self._start_s
         self._at(min(self._open_s, last_s), "open", None)
         self._at(last_s, "close", None)
@@ -190,6 +202,7 @@ class FastFleet:
             energy_j={state: end_j - self._opened.energy_j[state] for state, end_j in self._closed.energy_j.items()},
             parked_gpu_s=self._closed.parked_gpu_s - self._opened.parked_gpu_s,
             window_s=self._closed.at_s - self._opened.at_s,
+            off_node_s=self._closed.off_node_s - self._opened.off_node_s,
         )
 
     def _totals(self) -> _Totals:
@@ -201,9 +214,11 @@ class FastFleet:
                 GpuState.IDLE: float(drawn_j[IDLE]),
                 GpuState.LOADING: float(drawn_j[AT_LOADING]),
                 GpuState.DRAINING: float(drawn_j[AT_DRAINING]),
+                GpuState.ASLEEP: float(drawn_j[AT_ASLEEP]),
                 GpuState.PARKED: parked_gpu_s * self._parked_w,
             },
             parked_gpu_s,
+            sum(node.off_for_s() for node in self._nodes.values()),
             self.engines.now_s,
         )
 
@@ -246,10 +261,21 @@ class FastFleet:
         return (ticks + 1) * instance_s - period_s
 
     def _on_telemetry(self, node: Node) -> None:
+        for hosted in node.copy_out():
+            self._at(self.engines.now_s + self._times.sleep_s, "slept", (node, hosted))
+            self._route()
         self._observe(node)
         self._at(self._next_s(self._times.telemetry_s), "telemetry", node)
 
+    def _on_off(self, node: Node) -> None:
+        node.go_dark()
+
+    def _on_booted(self, node: Node) -> None:
+        node.booted()
+
     def _observe(self, node: Node) -> None:
+        if not node.reports:
+            return
         if self._shown is None:
             self._shown = self.engines.shown()
         seen = node.observe(self._shown)
@@ -263,17 +289,33 @@ class FastFleet:
         self._handle(LoadSeen(LoadObservation(_GATEWAY, _EPOCH, now_s, self._model, counters, queues)))
         self._at(self._next_s(self._times.report_s), "report", None)
 
+    def _route(self) -> None:
+        """Routes by the table, less those whose port is closed."""
+        self._shown = None
+        if self._table is not None:
+            self.engines.route(self._table.pools, self._rows)
+
     def _carry_out(self, effect: Effect) -> EffectDone:
         if isinstance(effect, Solve):
             solution = solve(effect.problem)
             return EffectDone(effect.effect_id, ok=solution.chosen is not None, solution=solution)
         if isinstance(effect, PublishRouting):
-            self.engines.route(effect.table.pools, self._rows)
-            self._shown = None
+            self._table = effect.table
+            self._route()
             return EffectDone(effect.effect_id, ok=True)
         node, now_s = self._nodes[effect.node_id], self.engines.now_s
         self._shown = None
         wrong = ""
+        if isinstance(effect, PowerNode):
+            if effect.on:
+                node.boot()
+                self._at(now_s + self._times.boot_s, "booted", node)
+            elif node.instances:
+                wrong = "instances run there"
+            else:
+                node.reports = False
+                self._at(now_s + self._times.off_s, "off", node)
+            return EffectDone(effect.effect_id, ok=not wrong, detail=wrong)
         match effect:
             case ApplyClocks():
                 for target in effect.targets:
@@ -282,6 +324,13 @@ class FastFleet:
                 node.clocks_changed()
             case ReleaseClocks():
                 node.release(effect.gpu_uuids)
+                node.clocks_changed()
+            case ApplyCaps():
+                for cap in effect.targets:
+                    node.cap(cap.gpu_uuids, cap.watts)
+                node.clocks_changed()
+            case ReleaseCaps():
+                node.cap(effect.gpu_uuids, None)
                 node.clocks_changed()
             case StartInstance():
                 wrong = node.start(effect.instance_id, effect.model, effect.pool, effect.gpu_uuids)
@@ -303,7 +352,7 @@ class FastFleet:
         node, hosted = data
         if hosted.state is InstanceState.STARTING:
             node.ready(hosted)
-            self._shown = None
+            self._route()
             self._observe(node)  # a real agent's stream tells at once
 
     def _on_stopped(self, data: tuple[Node, Hosted]) -> None:
@@ -312,6 +361,45 @@ class FastFleet:
             node.stopped(hosted)
             self._shown = None
             del self._rows[hosted.instance_id]
+
+    def _on_incident(self, incident: Incident) -> None:
+        node = self._nodes[f"node-{incident.node}"]
+        hosted = node.holder(incident.gpu)
+        if hosted is None:
+            return
+        now_s = self.engines.now_s
+        match incident.kind:
+            case IncidentKind.CRASH:
+                node.crash(hosted)
+                self._at(now_s + self._times.stop_s, "failed", (node, hosted))
+            case IncidentKind.SLEEP:
+                if not node.drain_to_sleep(hosted):
+                    return
+            case IncidentKind.WAKE:
+                if not node.wake(hosted):
+                    return
+                self._at(now_s + self._times.wake_s, "woken", (node, hosted))
+        self._route()
+        self._observe(node)
+
+    def _on_failed(self, data: tuple[Node, Hosted]) -> None:
+        node, hosted = data
+        del self._rows[hosted.instance_id]
+        node.failed(hosted)
+        self._shown = None
+        self._observe(node)
+
+    def _on_slept(self, data: tuple[Node, Hosted]) -> None:
+        node, hosted = data
+        if node.slept(hosted):
+            self._shown = None
+            self._observe(node)
+
+    def _on_woken(self, data: tuple[Node, Hosted]) -> None:
+        node, hosted = data
+        if node.woken(hosted):
+            self._route()
+            self._observe(node)
 
     def _on_lease(self, node: Node) -> None:
         node.clocks_changed()

@@ -1,6 +1,6 @@
 """The gateway in front of the instances, compiled: classes, the queue, and which instance serves a request.
 
-The twin of `controller/gateway/{classify,dispatcher}.py` and `controller/policy/routing.py` in arrays; those stay the
+The twin of `controller/gateway/{classify,dispatcher}.py` and `controller/policy/routing/` in arrays; those stay the
 definition, and the agreement tests hold the two together. While nobody queues, instances are advanced only when a
 request may go to them; while somebody does, every iteration end of the fleet is taken in order of time.
 """
@@ -16,6 +16,7 @@ from simulator.fast.compiling import kernel, part
 from simulator.fast.engine import admit, advance, book, cut, rest
 from simulator.fast.layout import (
     ARRIVED,
+    ASLEEP,
     CLASSES,
     DRAINING,
     FAILED,
@@ -26,6 +27,8 @@ from simulator.fast.layout import (
 
 Record = Any
 Array = Any
+# Columns of FLEET.refused_by.
+QUEUE_FULL, TOO_LATE = range(2)
 
 
 @kernel
@@ -46,9 +49,9 @@ def serve(
 ) -> bool:
     """Serves arrivals up to `until_s` and brings every instance there. False when it ran out of slots before."""
     fleet = fleet_record[0]
-    if fleet.queued > 0:
-        # The routing table may have changed since.
+    if fleet.queued > 0 and fleet.rerouted:
         _dispatch(fleet.now_s, fronts, instances, slots, cost, rates, members, fleet)
+    fleet.rerouted = 0
     while fleet.cursor < len(arrival_s):
         request = fleet.cursor
         now_s = fleet.start_s + arrival_s[request]
@@ -96,7 +99,7 @@ def set_clocks(now_s: float, rows: Array, cost_rows: Array, fronts: Array, insta
         row = rows[number]
         instance = instances[row]
         instance.cost_row = cost_rows[number]
-        if instance.state == READY or instance.state == DRAINING:
+        if instance.state == READY or instance.state == DRAINING or instance.state == ASLEEP:
             if fronts[row].end_s < inf:
                 cut(now_s, instance, fronts[row])
             else:
@@ -132,6 +135,8 @@ def _arrive(
         fleet.counters[routing_class, INPUT_TOKENS] += tokens_in
     if fleet.queued >= fleet.max_waiting:
         _refuse(true_class, fleet)
+        if fleet.preferred[routing_class] > 0:
+            fleet.refused_by[fleet.preference[routing_class, 0], QUEUE_FULL] += 1
         return
     index = fleet.free_slot
     slot = slots[index]
@@ -143,10 +148,11 @@ def _arrive(
     slot.output = tokens_out
     slot.target = tokens_in
     slot.request_class = true_class
+    slot.routing_class = routing_class
     slot.generated = 0
     slot.prefilled = 0
     slot.preemptions = 0
-    if fleet.queued == 0:
+    if fleet.queued == 0 and not fleet.ordered:
         for number in range(fleet.preferred[routing_class]):
             pool = fleet.preference[routing_class, number]
             row = _pick(now_s, pool, fronts, instances, slots, cost, rates, gaps, results, members, fleet)
@@ -154,17 +160,12 @@ def _arrive(
                 fleet.spilled += number > 0
                 _give(now_s, index, pool, row, fronts, instances, slots, cost, rates, fleet)
                 return
+    if fleet.queued == 0:
         # From here on somebody waits, and any instance's finish may make room: they must all be here.
         for row in range(fleet.rows):
             if fronts[row].end_s < now_s:
                 advance(now_s, row, fronts, instances, slots, cost, rates, gaps, results, fleet)
-    slot.next = NONE
-    if fleet.queue[routing_class] == 0:
-        fleet.queue_head[routing_class] = index
-    else:
-        slots[fleet.queue_tail[routing_class]].next = index
-    fleet.queue_tail[routing_class] = index
-    fleet.queue[routing_class] += 1
+    append(index, routing_class, slots, fleet)
     fleet.queued += 1
     _dispatch(now_s, fronts, instances, slots, cost, rates, members, fleet)
 
@@ -338,7 +339,9 @@ def _serve_in_order(
             return
         # Just beyond its end, so that this one run is ended and the next begun.
         after_s = np.nextafter(end_s, inf)
-        if advance(after_s, first, fronts, instances, slots, cost, rates, gaps, results, fleet) > 0:
+        unread = fronts[first].pending
+        finished = advance(after_s, first, fronts, instances, slots, cost, rates, gaps, results, fleet)
+        if finished > 0 or (fleet.ordered and fronts[first].pending < unread):
             _dispatch(end_s, fronts, instances, slots, cost, rates, members, fleet)
 
 
@@ -354,55 +357,175 @@ def _dispatch(
     fleet: Record,
 ) -> None:
     """Gives waiting requests to instances that have room, while there are both. All instances must be here."""
+    _carry_out_orders(now_s, slots, fleet)
     full = 0  # pools without room, as bits: room only shrinks within one dispatch
     while fleet.queued > 0:
-        request_class = first = NONE
+        queue = first = NONE
         due_s = inf
-        for number in range(CLASSES):
-            if fleet.queue[number] > 0 and fleet.preferred[number] > 0:
-                if full >> fleet.preference[number, 0] & 1:
+        for number in range(2 * CLASSES):
+            if number == CLASSES and queue != NONE:
+                break  # those that will be late come after all others
+            request_class = number % CLASSES
+            if fleet.queue[number] > 0 and fleet.preferred[request_class] > 0:
+                if _own_places(request_class, fleet) & ~full == 0:
                     continue
                 head = slots[fleet.queue_head[number]]
                 head_due_s = _due_s(head, fleet)
                 if head_due_s < due_s or (head_due_s == due_s and head.request < first):
-                    request_class, due_s, first = number, head_due_s, head.request
-        if request_class == NONE:
+                    queue, due_s, first = number, head_due_s, head.request
+        if queue == NONE:
             break
-        pool = fleet.preference[request_class, 0]
-        row = _shortest(pool, fronts, members, fleet)
-        if row == NONE:
-            full |= 1 << pool
-            continue
-        index = _take(request_class, slots, fleet)
-        _give(now_s, index, pool, row, fronts, instances, slots, cost, rates, fleet)
+        request_class = queue % CLASSES
+        own = _own_places(request_class, fleet)
+        for place in range(fleet.preferred[request_class]):
+            pool = fleet.preference[request_class, place]
+            if own >> pool & 1 == 0 or full >> pool & 1:
+                continue
+            row = _shortest(pool, fronts, members, fleet)
+            if row == NONE:
+                full |= 1 << pool
+                continue
+            fleet.spilled += place > 0
+            index = _take(queue, slots, fleet)
+            _give(now_s, index, pool, row, fronts, instances, slots, cost, rates, fleet)
+            break
     # Whatever waits now has a full pool of its own, so no pool with room has anybody of its own waiting.
     while fleet.queued > 0:
-        request_class = first = NONE
+        queue = first = NONE
         due_s = inf
         to_pool = to_row = NONE
-        for number in range(CLASSES):
+        for number in range(2 * CLASSES):
+            if number == CLASSES and queue != NONE:
+                break
             if fleet.queue[number] == 0:
                 continue
             head = slots[fleet.queue_head[number]]
             head_due_s = _due_s(head, fleet)
             if head_due_s > due_s or (head_due_s == due_s and head.request > first):
                 continue
-            for place in range(1, fleet.preferred[number]):
-                pool = fleet.preference[number, place]
+            for place in range(1, fleet.preferred[number % CLASSES]):
+                pool = fleet.preference[number % CLASSES, place]
                 if full >> pool & 1:
                     continue
                 row = _shortest(pool, fronts, members, fleet)
                 if row == NONE:
                     full |= 1 << pool
                 else:
-                    request_class, due_s, first = number, head_due_s, head.request
+                    queue, due_s, first = number, head_due_s, head.request
                     to_pool, to_row = pool, row
                     break
-        if request_class == NONE:
+        if queue == NONE:
             return
         fleet.spilled += 1
-        index = _take(request_class, slots, fleet)
+        index = _take(queue, slots, fleet)
         _give(now_s, index, to_pool, to_row, fronts, instances, slots, cost, rates, fleet)
+
+
+@part
+def _own_places(request_class: int, fleet: Record) -> int:
+    """Pools that a class's requests wait for as their own, as bits."""
+    places: int = 1 << fleet.preference[request_class, 0] | fleet.open_to[request_class]
+    return places
+
+
+@part
+def _carry_out_orders(now_s: float, slots: Array, fleet: Record) -> None:
+    """Refuses what waits past its deadline, and parts what will be late from what can be in time, where that is
+    ordered; brings them together where it no longer is."""
+    for request_class in range(CLASSES):
+        late = CLASSES + request_class
+        if not fleet.reorders[request_class]:
+            if fleet.queue[late] > 0:
+                _put_back(request_class, slots, fleet)
+            continue
+        if fleet.refuses[request_class]:
+            for queue in (late, request_class):
+                while fleet.queue[queue] > 0 and _due_s(slots[fleet.queue_head[queue]], fleet) <= now_s:
+                    _give_up(_take(queue, slots, fleet), request_class, slots, fleet)
+        by_s = now_s + fleet.first_token_s[request_class]
+        while fleet.queue[request_class] > 0 and _due_s(slots[fleet.queue_head[request_class]], fleet) <= by_s:
+            append(_take(request_class, slots, fleet), late, slots, fleet)
+            fleet.queued += 1
+
+
+@part
+def _put_back(request_class: int, slots: Array, fleet: Record) -> None:
+    """The late ones arrived before all others of their class: the two queues become one again."""
+    late = CLASSES + request_class
+    if fleet.queue[request_class] == 0:
+        fleet.queue_tail[request_class] = fleet.queue_tail[late]
+    else:
+        slots[fleet.queue_tail[late]].next = fleet.queue_head[request_class]
+    fleet.queue_head[request_class] = fleet.queue_head[late]
+    fleet.queue[request_class] += fleet.queue[late]
+    fleet.queue[late] = 0
+
+
+@part
+def _give_up(index: int, request_class: int, slots: Array, fleet: Record) -> None:
+    """Refuses a request that waited for too long."""
+    _refuse(slots[index].request_class, fleet)
+    fleet.refused_by[fleet.preference[request_class, 0], TOO_LATE] += 1
+    fleet.live -= 1
+    slots[index].next = fleet.free_slot
+    fleet.free_slot = index
+
+
+@part
+def append(index: int, queue: int, slots: Array, fleet: Record) -> None:
+    """Queues a request behind all that came before it: at the end, unless it waits for the second time."""
+    mine = slots[index]
+    if fleet.queue[queue] == 0:
+        mine.next = NONE
+        fleet.queue_head[queue] = fleet.queue_tail[queue] = index
+    elif slots[fleet.queue_tail[queue]].request < mine.request:
+        mine.next = NONE
+        slots[fleet.queue_tail[queue]].next = index
+        fleet.queue_tail[queue] = index
+    elif mine.request < slots[fleet.queue_head[queue]].request:
+        mine.next = fleet.queue_head[queue]
+        fleet.queue_head[queue] = index
+    else:
+        before = fleet.queue_head[queue]
+        while slots[slots[before].next].request < mine.request:
+            before = slots[before].next
+        mine.next = slots[before].next
+        slots[before].next = index
+    fleet.queue[queue] += 1
+
+
+@kernel
+def count_late(now_s: float, instances: Array, slots: Array, fleet_record: Array, counts: Array) -> None:
+    """Requests at instances that are past their deadline and have had no token, by the pool that serves them."""
+    fleet = fleet_record[0]
+    for row in range(fleet.rows):
+        instance = instances[row]
+        for number in range(instance.prefilling):
+            _count_late(now_s, slots[instance.prefill[number]], fleet, counts)
+        index = instance.head
+        for _ in range(instance.waiting):
+            _count_late(now_s, slots[index], fleet, counts)
+            index = slots[index].next
+
+
+@part
+def _count_late(now_s: float, slot: Record, fleet: Record, counts: Array) -> None:
+    if slot.generated == 0 and _due_s(slot, fleet) <= now_s:
+        counts[slot.pool] += 1
+
+
+@kernel
+def count_at_risk(now_s: float, slots: Array, fleet_record: Array, counts: Array) -> None:
+    """Waiting requests of which half the time to their deadline is gone, by queue."""
+    fleet = fleet_record[0]
+    for queue in range(2 * CLASSES):
+        index = fleet.queue_head[queue]
+        for _ in range(fleet.queue[queue]):
+            slot = slots[index]
+            if now_s - slot.arrival_s < (_due_s(slot, fleet) - slot.arrival_s) / 2:
+                break
+            counts[queue] += 1
+            index = slot.next
 
 
 @part
@@ -412,10 +535,10 @@ def _due_s(slot: Record, fleet: Record) -> float:
 
 
 @part
-def _take(request_class: int, slots: Array, fleet: Record) -> int:
+def _take(queue: int, slots: Array, fleet: Record) -> int:
     """Takes the head of a queue."""
-    index: int = fleet.queue_head[request_class]
-    fleet.queue_head[request_class] = slots[index].next
-    fleet.queue[request_class] -= 1
+    index: int = fleet.queue_head[queue]
+    fleet.queue_head[queue] = slots[index].next
+    fleet.queue[queue] -= 1
     fleet.queued -= 1
     return index

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-# Where an instance stands. Rows that hold none are ABSENT.
-ABSENT, LOADING, READY, DRAINING, STOPPING = range(5)
+# Where an instance stands. Rows that hold none are ABSENT. COPYING: empty, its weights on their way to host memory.
+ABSENT, LOADING, READY, DRAINING, COPYING, ASLEEP, STOPPING = range(7)
 
 # What its GPUs do, as an index into INSTANCE.energy_j.
-SERVING, IDLE, AT_LOADING, AT_DRAINING = range(4)
-ACCOUNTS = 4
+SERVING, IDLE, AT_LOADING, AT_DRAINING, AT_ASLEEP = range(5)
+ACCOUNTS = 5
 
 # Request classes are numbers: 3 * input bucket + output bucket, each 0 (S) to 2 (L).
 CLASSES = 9
@@ -45,7 +45,7 @@ RATES = np.dtype(
     [
         ("kv_s", "f8"),  # per token of context
         ("kv_w", "f8"),
-        ("sequence_s", "f8"),  # per decoding sequence, drawn at kv_w
+        ("sequence_s", "f8"),  # per decoding sequence beside prefill, drawn at kv_w
         ("attention_s", "f8"),  # per unit of prefill attention, drawn at the tensor power
         ("idle_w", "f8"),  # with a context; also of the gaps in which the GPU waits for its host
         ("floor_s", "f8"),  # of an iteration that decodes: 0, or the legacy engine's
@@ -57,11 +57,12 @@ RATES = np.dtype(
 FRONT = np.dtype(
     [
         ("end_s", "f8"),  # of the run in flight; inf while idle
-        ("score", "f8"),  # the least is routed to, its load per weight (controller/policy/routing.py); inf without room
+        ("score", "f8"),  # the least is routed to, its load per weight (controller/policy/routing/); inf without room
         ("weight", "f8"),
         ("held", "i8"),  # requests routed here that have not finished
         ("pending", "i8"),  # prompt tokens of those without a first token
         ("limit", "i8"),
+        ("most_pending", "i8"),  # at which it gets nothing more, by order of the emergency ladder
     ],
     align=True,
 )
@@ -83,6 +84,8 @@ INSTANCE = np.dtype(
         ("step_growth_s", "f8"),
         ("step_j", "f8"),
         ("step_growth_j", "f8"),
+        ("batch", "i8"),  # sequences that decode in it
+        ("paused", "i8"),  # 1: prefills were taken before the decodes, each of which has its last_token_s
         ("last_chunk", "i8"),  # prefill tokens of the last of `prefill`; those before it are completed by the run
         # The scheduler.
         ("step", "i8"),
@@ -109,7 +112,7 @@ SLOT = np.dtype(
         ("request", "i8"),
         ("arrival_s", "f8"),
         ("first_s", "f8"),
-        ("last_token_s", "f8"),  # when it was preempted: the instant of its last token
+        ("last_token_s", "f8"),  # when it was preempted, or has to wait for prefills: the instant of its last token
         ("joined_step", "i8"),
         ("join", "i8"),  # number of its join: the latest is preempted first
         ("input", "i4"),
@@ -122,6 +125,7 @@ SLOT = np.dtype(
         ("instance", "i2"),
         ("pool", "i1"),
         ("request_class", "i1"),
+        ("routing_class", "i1"),  # that it waits under
         ("preemptions", "i4"),
     ],
     align=True,
@@ -154,6 +158,7 @@ FLEET = np.dtype(
         ("random", "u8"),
         # Settings
         ("chunk_tokens", "i8"),
+        ("prefill_first", "i8"),  # 1: an iteration takes prompts alone while there are any
         ("max_running", "i8"),
         ("choices", "i8"),  # instances drawn for a request; 0: all are looked at
         ("max_waiting", "i8"),
@@ -173,11 +178,19 @@ FLEET = np.dtype(
         ("preferred", "i8", (CLASSES,)),  # how many pools may serve the class
         ("preference", "i8", (CLASSES, MOST_POOLS)),
         ("in_flight", "i8", (MOST_POOLS,)),
-        # The queue of requests that no instance has room for, by routing class.
+        # The queue of requests that no instance has room for, by routing class; behind them, in the same order, those
+        # that will not meet their deadline, while their pool is ordered to put them behind.
         ("queued", "i8"),
-        ("queue", "i8", (CLASSES,)),
-        ("queue_head", "i8", (CLASSES,)),
-        ("queue_tail", "i8", (CLASSES,)),
+        ("queue", "i8", (2 * CLASSES,)),
+        ("queue_head", "i8", (2 * CLASSES,)),
+        ("queue_tail", "i8", (2 * CLASSES,)),
+        # Orders of the emergency ladder, by routing class (controller/policy/emergency.py).
+        ("ordered", "i8"),  # 1 while any stands
+        ("rerouted", "i8"),  # 1 until the queue has been looked at under a new table
+        ("reorders", "i8", (CLASSES,)),
+        ("refuses", "i8", (CLASSES,)),
+        ("first_token_s", "f8", (CLASSES,)),  # to expect once an instance has the request
+        ("open_to", "i8", (CLASSES,)),  # pools that it competes for as one of their own, as bits
         # The classifier's experience, by input and output bucket.
         ("seen", "f8", (BUCKETS, BUCKETS)),
         ("owed", "f8", (BUCKETS, BUCKETS)),
@@ -185,7 +198,9 @@ FLEET = np.dtype(
         ("counters", "i8", (CLASSES, COUNTERS)),
         ("spilled", "i8"),
         ("refused", "i8"),
+        ("refused_by", "i8", (MOST_POOLS, 2)),  # by own pool: queue full, too late
         ("last_end_s", "f8"),
+        ("running_s", "f8", (MOST_RUNNING + 1,)),  # instance-seconds by requests in the batch
     ],
     align=True,
 )

@@ -5,7 +5,8 @@
 one it binds its port at once, listens only when loaded, and ends in-flight requests with an error on SIGTERM.
 
 Environment: CUDA_VISIBLE_DEVICES (UUIDs or indices), DYNAMOLLM_NVML_STATE (the host's state file),
-DYNAMOLLM_EMULATED_START_S (seconds until loaded, default 60), DYNAMOLLM_PHYSICS ([FILE:]VARIANT[+legacy]).
+DYNAMOLLM_EMULATED_START_S (seconds until loaded, default 60), DYNAMOLLM_PHYSICS
+([FILE:]VARIANT[+legacy][+prefill-first]).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from types import FrameType
 from typing import Annotated
 
@@ -47,6 +49,11 @@ log = get_logger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+class SchedulingPolicy(StrEnum):
+    FCFS = "fcfs"
+    PRIORITY = "priority"
+
+
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """The options that change what the emulated engine does."""
@@ -62,6 +69,7 @@ class ServeOptions:
     gpu_memory_utilization: float
     uvicorn_log_level: str
     sleep_mode: bool
+    by_priority: bool
 
 
 @app.callback()
@@ -85,6 +93,7 @@ def serve(
     dtype: Annotated[str, typer.Option()] = "auto",
     seed: Annotated[int, typer.Option()] = 0,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager/--no-enforce-eager")] = False,
+    scheduling_policy: Annotated[SchedulingPolicy, typer.Option()] = SchedulingPolicy.FCFS,
     enable_sleep_mode: Annotated[bool, typer.Option("--enable-sleep-mode/--no-enable-sleep-mode")] = False,
     enable_chunked_prefill: Annotated[bool, typer.Option("--enable-chunked-prefill")] = True,
     no_enable_prefix_caching: Annotated[bool, typer.Option("--no-enable-prefix-caching")] = True,
@@ -108,6 +117,7 @@ def serve(
         gpu_memory_utilization=gpu_memory_utilization,
         uvicorn_log_level=uvicorn_log_level,
         sleep_mode=enable_sleep_mode and os.environ.get(DEV_MODE_VARIABLE) == "1",
+        by_priority=scheduling_policy is SchedulingPolicy.PRIORITY,
     )
     raise SystemExit(run(options, time.monotonic()))
 
@@ -120,7 +130,13 @@ def run(options: ServeOptions, started_s: float) -> int:
         max_model_len = _context_length(options, physics)
         start_s = _start_seconds()
         try:
-            engine = Engine(physics, options.tp, options.max_num_batched_tokens, options.max_num_seqs)
+            engine = Engine(
+                physics,
+                options.tp,
+                options.max_num_batched_tokens,
+                options.max_num_seqs,
+                by_priority=options.by_priority,
+            )
         except ValueError:
             raise UserError(
                 f"--max-num-batched-tokens ({options.max_num_batched_tokens}) is smaller than --max-num-seqs "

@@ -174,7 +174,7 @@ class Api:
             if _header(scope, b"content-type").split(b";")[0].strip().lower() != b"application/json":
                 message = "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
                 raise ApiError(400, message, "Bad Request")
-            ask = parse(body, chat, self._models, self._max_model_len)
+            ask = parse(body, chat, self._models, self._max_model_len, self._engine.by_priority)
         except ApiError as error:
             await _answer(send, error.status, error.body)
             return
@@ -183,7 +183,15 @@ class Api:
     async def _serve(self, ask: Ask, receive: Receive, send: Send) -> None:
         collected = _Collected()
         answer = Answer(ask, self._models[0])
-        job = Job(answer.request_id, ask.input_tokens, ask.output_tokens, ask.max_tokens, ask.finish_reason, collected)
+        job = Job(
+            answer.request_id,
+            ask.input_tokens,
+            ask.output_tokens,
+            ask.max_tokens,
+            ask.finish_reason,
+            collected,
+            ask.priority,
+        )
         if ask.stream:
             collected.answer = answer
         answer.arrival_s = self._engine.submit(job)

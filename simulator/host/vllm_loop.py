@@ -45,6 +45,7 @@ class Job:
     max_tokens: int
     finish_reason: str
     listener: Listener
+    priority: int = 0
 
 
 class RealTimeEngine:
@@ -63,6 +64,10 @@ class RealTimeEngine:
         self._at_rest = asyncio.Event()
         # One offset for all stamps: monotonic differences stay exact when the wall clock steps.
         self._epoch_s = time.time() - time.monotonic()
+
+    @property
+    def by_priority(self) -> bool:
+        return self._engine.by_priority
 
     def submit(self, job: Job) -> float:
         """Queues a request; returns the instant of its arrival (seconds since the epoch)."""
@@ -143,7 +148,7 @@ class RealTimeEngine:
             self._end_s = max(self._end_s, self._inbox[0][0])
         while not self._paused and self._inbox and self._inbox[0][0] <= self._end_s:
             arrived_s, job = self._inbox.popleft()
-            self._engine.add(job.request_id, job.input_tokens, job.output_tokens, arrived_s)
+            self._engine.add(job.request_id, job.input_tokens, job.output_tokens, arrived_s, priority=job.priority)
         self._metrics.queued_outside = len(self._inbox)
         return self._engine.begin_iteration(self._end_s, self._gpus.clock_mhz(), self._gpus.power_limit_w())
 

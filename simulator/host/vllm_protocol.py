@@ -57,6 +57,7 @@ class _Request(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    priority: int = 0
 
 
 class CompletionRequest(_Request):
@@ -93,9 +94,10 @@ class Ask:
     finish_reason: str
     stream: bool
     include_usage: bool
+    priority: int = 0
 
 
-def parse(body: bytes, chat: bool, models: tuple[str, ...], max_model_len: int) -> Ask:
+def parse(body: bytes, chat: bool, models: tuple[str, ...], max_model_len: int, by_priority: bool = False) -> Ask:
     """Raises ApiError as vLLM would answer."""
     kind: type[CompletionRequest | ChatRequest] = ChatRequest if chat else CompletionRequest
     try:
@@ -108,6 +110,8 @@ def parse(body: bytes, chat: bool, models: tuple[str, ...], max_model_len: int) 
     if request.stream_options is not None and not request.stream:
         message = "Stream options can only be defined when `stream=True`. (parameter=stream_options)"
         raise ApiError(400, message, param="stream_options")
+    if request.priority and not by_priority:
+        raise ApiError(400, f"Got priority {request.priority} but Priority scheduling is not enabled.")
     if request.n != 1:
         raise ApiError(400, "The emulated engine gives one answer per request (n=1).", param="n")
     if isinstance(request, ChatRequest):
@@ -128,6 +132,7 @@ def parse(body: bytes, chat: bool, models: tuple[str, ...], max_model_len: int) 
         finish_reason="length" if output_tokens == max_tokens else "stop",
         stream=request.stream,
         include_usage=request.stream_options is not None and request.stream_options.include_usage,
+        priority=request.priority,
     )
 
 

@@ -192,11 +192,13 @@ def _sensitivity(result: Result) -> str:
 def _sweep_caption(option: str) -> str:
     captions = {
         "u": "Load alone is changed; k_max stays.",
-        "physics": "Profile, k_max and simulation all run on the variant; +legacy is an engine without CUDA graphs.",
+        "physics": "Profile, k_max and simulation all run on the variant; +legacy is an engine without CUDA graphs, "
+        "+prefill-first one that reads prompts whole before anybody's next token.",
         "mismatch": "The profile is measured on the base physics, the fleet runs on GPUs that are off by that share.",
         "pools": "The systems with pools are held to that many; auto: the controller chooses between one and two.",
         "predictor_accuracy": "A predictor tells the output bucket at arrival, right that often; none: by experience.",
         "start_s": "Every start of an instance takes that long.",
+        "crashes_per_day": "Instances die at random: answers under way are lost, the rest is served by others.",
     }
     return captions[option]
 

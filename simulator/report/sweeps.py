@@ -17,6 +17,7 @@ OPTIONS: dict[str, tuple[str, str]] = {
     "predictor_accuracy": ("Predictor of output length", "share of requests whose output bucket is known at arrival"),
     "pools": ("Number of pools", "pools"),
     "start_s": ("Start of an instance", "seconds from the start until it serves"),
+    "crashes_per_day": ("Crashes of instances", "a day, where all GPUs are held"),
     "physics": ("Physics", "variant"),
     "mismatch": ("Mismatch of profile and GPUs", "share by which GPUs are slower and hungrier than profiled"),
 }

@@ -19,7 +19,10 @@ import simulator.calibration
 import simulator.energy_table
 import simulator.ledger
 import simulator.sensitivity
-from controller.calibrate.sweep import SweepPlan, SweepSettings
+from controller.calibrate.sweep import (
+    SweepPlan,
+    SweepSettings,
+)
 from controller.cli.main import app
 from controller.profile.table import Profile
 from simulator.traces import generate
@@ -55,6 +58,7 @@ KEYS = {
     "cost_usd",
     "requests",
     "lost",
+    "spilled",
 }
 TOP = {"u", "k", "k_max", "seed", "profile", "bound_saved_off", "bound_saved_parked"}
 

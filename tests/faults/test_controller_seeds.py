@@ -11,14 +11,20 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
-from controller.loop import instance, pool
 from controller.replay.same import replay
 from controller.store.repositories import save_profile, write_records
+from tests.defects import DEFECTS, planted, real
 from tests.faultrun import PROFILE, run
 from tests.store_suite import sqlite_url, upgraded_engine
 from tests.synthetic_profile import MODEL
 
 SEEDS = 50
+SOON_FOUND = (
+    "an agent that does not check the term",
+    "a lock that is sent when it changes and never renewed",
+    "capacity dropped before its replacement is ready",
+    "a stop without proof that it is empty",
+)
 
 
 @pytest.fixture
@@ -53,10 +59,17 @@ def test_every_decision_under_faults_is_made_again_to_the_byte(engine: Engine, s
     assert again.identical == len(report.history)
 
 
-@pytest.mark.parametrize("defect", ["no pool plans", "routing is never told"])
-def test_the_harness_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch, defect: str) -> None:
-    if defect == "no pool plans":
-        monkeypatch.setattr(pool, "tick", lambda *_, **__: None)
-    else:
-        monkeypatch.setattr(instance, "_publish", lambda *_: None)
-    assert any(run(seed).broken for seed in range(3))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOON_FOUND)
+def test_the_harness_finds_what_is_broken(name: str) -> None:
+    """The others take more seeds: `scripts/bench faults` plants them all."""
+    with planted(DEFECTS[name]):
+        assert any(run(seed).broken for seed in range(8))
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_defect_is_put_in_and_taken_out_again(name: str) -> None:
+    before = real(DEFECTS[name])
+    with planted(DEFECTS[name]):
+        assert real(DEFECTS[name]) is not before
+    assert real(DEFECTS[name]) is before

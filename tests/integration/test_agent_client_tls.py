@@ -16,6 +16,7 @@ from dynamollm.v1 import node_agent_pb2 as pb
 from dynamollm.v1 import types_pb2 as types
 from tests.certificates import Authority, Pair
 from tests.nodehost import NodeHost
+from tests.vllm_emulator import free_port
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def host(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iter
         "tls_cert": str(server.cert),
         "tls_key": str(server.key),
         "tls_client_ca": str(authority.pair.cert),
-        "tcp": "0.0.0.0:0",
+        "tcp": f"0.0.0.0:{free_port()}",  # the same after a restart
     }
     scopes = {"scopes": {"controller": "control", "viewer": "read"}}
     with NodeHost(tmp_path_factory.mktemp("host"), gpus=2, config={"listen": listen, "security": scopes}) as made:
@@ -131,7 +132,6 @@ async def test_a_renewed_certificate_is_taken_up_when_the_agent_comes_back(
     pair.cert.write_bytes(viewer.cert.read_bytes())
     host.terminate()
     host.start()
-    talk.client.address = f"127.0.0.1:{host.addresses()['tcp'].rpartition(':')[2]}"
     for _ in range(100):
         await asyncio.sleep(0.1)
         if "PERMISSION_DENIED" in (await talk.lock(host, 600)).detail:

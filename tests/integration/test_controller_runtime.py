@@ -106,6 +106,32 @@ def test_wrong_orders_are_refused_with_a_reason(ran: Ran) -> None:
     assert "no mode" in ran.cli("mode", "cluster", "asleep", "--controller", ran.controller.address, ok=(2,))
 
 
+def test_choices_that_a_gateway_tells_stand_in_the_history_once(ran: Ran) -> None:
+    choice = pb.ChoiceSample(
+        number=1,
+        model="m",
+        request_class="SM",
+        pool="short",
+        instance_id="i1",
+        decided_by="load",
+        speaks_for=1000,
+        alternatives=[pb.ChoiceAlternative(instance_id="i2", pool="short", lost_by="full", in_flight=9)],
+    )
+    choice.chosen_at.GetCurrentTime()
+    for _ in range(2):  # the first answer may have been lost on its way
+        ran.controller.call("ReportLoad", pb.ReportLoadRequest(gateway_id="told", epoch="e", choices=[choice]))
+    at = ("--database-url", ran.rig.database_url)
+    ran.rig.wait(lambda: "told" in ran.cli("choice", "list", *at), 20, "the choice is written")
+    listed = json.loads(ran.cli("choice", "list", "--json", *at))
+    (told,) = [each for each in listed if each["gateway"] == "told"]
+    said = ran.cli("choice", "explain", str(told["id"]), *at)
+    assert "i2 of pool short was full up to its limit (9 in flight" in said
+    choice.request_class = "XX"
+    with pytest.raises(grpc.RpcError) as refused:
+        ran.controller.call("ReportLoad", pb.ReportLoadRequest(gateway_id="told", epoch="e", choices=[choice]))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_the_commands_for_people(ran: Ran) -> None:
     at = ("--controller", ran.controller.address)
     assert "term 2" in ran.cli("status", *at)

@@ -12,7 +12,7 @@ import pytest
 from common.clock import SystemClock
 from common.errors import UserError
 from common.tls import ClientTls, channel_credentials
-from controller.api.gate import NEEDS
+from controller.api.gate import NEEDS, asker
 from controller.cli.shared import call
 from controller.config import ServerTls
 from controller.daemon import open_api
@@ -32,6 +32,7 @@ class Told(rpc.ControllerServicer):
 
     def __init__(self) -> None:
         self.reports = 0
+        self.askers: list[str] = []
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: object) -> pb.GetStatusResponse:
         return pb.GetStatusResponse(holder="me")
@@ -41,6 +42,7 @@ class Told(rpc.ControllerServicer):
         return pb.ReportLoadResponse()
 
     async def SetMode(self, request: pb.SetModeRequest, context: object) -> pb.SetModeResponse:
+        self.askers.append(asker(request.who))
         return pb.SetModeResponse()
 
     async def PlanNow(self, request: pb.PlanNowRequest, context: object) -> pb.PlanNowResponse:
@@ -108,7 +110,7 @@ def test_every_method_has_a_scope() -> None:
 
 
 async def test_each_name_may_do_what_its_scope_says(authority: Authority, tls: ServerTls) -> None:
-    server = await open_api(at := address(), Told(), tls)
+    server = await open_api(at := address(), told := Told(), tls)
     try:
         for name, served in (
             ("viewer", {"GetStatus"}),
@@ -120,6 +122,7 @@ async def test_each_name_may_do_what_its_scope_says(authority: Authority, tls: S
             for method in ("GetStatus", "ReportLoad", "SetMode", "PlanNow"):
                 said = await refusal(at, own, method)
                 assert said == ("OK" if method in served else "PERMISSION_DENIED"), (name, method)
+        assert told.askers == ["ada as "]  # the history has the certificate's name, whatever name the request gives
     finally:
         await server.stop(None)
 

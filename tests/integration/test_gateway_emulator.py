@@ -46,8 +46,10 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def emulators(state: Path, count: int) -> AsyncIterator[list[tuple[str, asyncio.subprocess.Process]]]:
-    """`count` engines of four GPUs each on one emulated host."""
+async def emulators(
+    state: Path, count: int, gpus: int = 4
+) -> AsyncIterator[list[tuple[str, asyncio.subprocess.Process]]]:
+    """`count` engines of so many GPUs each on one emulated host."""
     host = HostState.create(state)
     started: list[tuple[str, asyncio.subprocess.Process]] = []
     try:
@@ -55,11 +57,11 @@ async def emulators(state: Path, count: int) -> AsyncIterator[list[tuple[str, as
             port = free_port()
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "simulator.host.vllm", "serve", MODEL,
-                "--tensor-parallel-size=4", "--host=127.0.0.1", f"--port={port}", "--uvicorn-log-level=error",
+                f"--tensor-parallel-size={gpus}", "--host=127.0.0.1", f"--port={port}", "--uvicorn-log-level=error",
                 env=os.environ
                 | {
                     "DYNAMOLLM_NVML_STATE": str(state),
-                    "CUDA_VISIBLE_DEVICES": ",".join(host.uuids[4 * number : 4 * number + 4]),
+                    "CUDA_VISIBLE_DEVICES": ",".join(host.uuids[gpus * number : gpus * (number + 1)]),
                     "DYNAMOLLM_EMULATED_START_S": "0.1",
                 },
                 stderr=asyncio.subprocess.DEVNULL,

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from controller.domain.classes import by_input
+from tests.certificates import Authority
 from tests.envoy import Envoy, binary, envoy_process
 from tests.gateway_stand_ins import (
     LONG,
@@ -243,3 +244,24 @@ async def test_hostile_requests_end_at_the_picker(tmp_path: Path) -> None:
         assert (await post("/v1/completions", json=body(), headers=forged)).status_code == 200
     assert engine.headers[0]["x-gateway-destination-endpoint"] == engine.endpoint.removeprefix("http://")
     assert "127.0.0.1:9" not in engine.headers[0].values()
+
+
+async def test_the_picker_is_asked_over_mutual_tls(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "pki")
+    server, client = authority.issue("gateway", "IP:127.0.0.1"), authority.issue("envoy")
+    settings = {
+        "picker__listen": "127.0.0.1:0",
+        "picker__tls__cert": server.cert,
+        "picker__tls__key": server.key,
+        "picker__tls__client_ca": authority.pair.cert,
+    }
+    tls = {"cert": client.cert, "key": client.key, "ca": authority.pair.cert}
+    controller, engine = StandInController(), Engine()
+    async with controlling(controller) as port, serving(engine), gateway_process(port, **settings) as gateway:
+        controller.publish(table((ALL, {"e0": engine})))
+        await until_healthy(gateway)
+        async with envoy_process(gateway.picker_port, tmp_path, tls=tls) as envoy:
+            await until_members(envoy, 1)
+            answer = await complete(envoy)
+            assert answer.status_code == 200
+            assert answer.headers["x-dynamollm-pool"] == "all"  # chosen by the picker, not by Envoy alone

@@ -11,9 +11,12 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from common.errors import UserError
 from controller.domain.classes import by_input
+from controller.gateway.config import GatewayConfig, PickerConfig, PickerTls
 from dynamollm.v1 import gateway_pb2 as pb
 from dynamollm.v1 import gateway_pb2_grpc as rpc
+from tests.certificates import Authority
 from tests.gateway_stand_ins import (
     LONG,
     MODEL,
@@ -110,3 +113,43 @@ async def test_a_gateway_that_starts_without_its_controller_serves_by_the_last_t
         async with httpx.AsyncClient() as client:
             health = (await client.get(f"{gateway.url}/health")).json()
         assert (health["routing_term"], health["routing_version"], health["instances"]) == (4, 9, 1)
+
+
+async def test_over_mutual_tls_only_certificates_of_the_authority_are_let_in(tmp_path: Path) -> None:
+    ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
+    server, client, stranger = ours.issue("gateway", "IP:127.0.0.1"), ours.issue("envoy"), theirs.issue("envoy")
+    settings = {
+        "picker__listen": "127.0.0.1:0",
+        "picker__tls__cert": server.cert,
+        "picker__tls__key": server.key,
+        "picker__tls__client_ca": ours.pair.cert,
+    }
+    controller = StandInController()
+    async with controlling(controller) as port, gateway_process(port, **settings) as gateway:
+        controller.publish(table((ALL, {"a": "http://127.0.0.1:1"})))
+        await until_healthy(gateway)
+        for pair, let_in in ((client, True), (stranger, False), (None, False)):
+            parts = (pair.key.read_bytes(), pair.cert.read_bytes()) if pair is not None else (None, None)
+            credentials = grpc.ssl_channel_credentials(ours.pair.cert.read_bytes(), *parts)
+            async with grpc.aio.secure_channel(f"127.0.0.1:{gateway.picker_port}", credentials) as channel:
+                call = rpc.GatewayStub(channel).Route(pb.RouteRequest(model=MODEL, input_tokens=5), timeout=5)
+                if let_in:
+                    assert (await call).instance_id == "a"
+                else:
+                    with pytest.raises(grpc.aio.AioRpcError) as refused:
+                        await call
+                    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.picker_port}") as channel:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await rpc.GatewayStub(channel).Route(pb.RouteRequest(model=MODEL, input_tokens=5), timeout=5)
+
+
+def test_plain_text_stays_on_this_machine_and_half_a_tls_is_refused() -> None:
+    with pytest.raises(ValueError, match="set tls, or listen on loopback"):
+        GatewayConfig(picker=PickerConfig(listen="0.0.0.0:8801"))
+    with pytest.raises(ValueError, match="belong together"):
+        PickerConfig.model_validate({"listen": "0.0.0.0:8801", "tls": {"cert": "a.pem"}})
+    tls = PickerTls(cert="/nowhere/a.pem", key="/nowhere/a.key", client_ca="/nowhere/ca.pem")
+    assert GatewayConfig(picker=PickerConfig(listen="0.0.0.0:8801", tls=tls)).picker.tls.on
+    with pytest.raises(UserError, match=r"picker\.tls\.client_ca: /nowhere/ca\.pem"):
+        tls.check()

@@ -13,7 +13,10 @@ from typer.testing import CliRunner
 
 import simulator.calibration
 import simulator.ledger
-from controller.calibrate.sweep import SweepPlan, SweepSettings
+from controller.calibrate.sweep import (
+    SweepPlan,
+    SweepSettings,
+)
 from controller.cli.main import app
 from simulator.study import ALL_SYSTEMS
 from simulator.traces import generate
@@ -68,6 +71,7 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(cache, tr
 
 def test_every_option_with_several_values_is_swept_alone(cache, trace, tmp_path):
     several = ("--start-s", "20,0", "--predictor-accuracy", "none,0.8", "--mismatch", "0,0.1", "--pools", "auto,1")
+    several = (*several, "--crashes-per-day", "0,3000")
     arguments = ("--trace", trace, "--systems", "dynamollm", "--no-bound", "--seeds", "1", "--out", str(tmp_path))
     code, text = simulate(cache, *arguments, *several, "--json")
     assert code == 0, text
@@ -78,6 +82,7 @@ def test_every_option_with_several_values_is_swept_alone(cache, trace, tmp_path)
         "predictor_accuracy": [None, 0.8],
         "mismatch": [0, 0.1],
         "pools": [None, 1],
+        "crashes_per_day": [0, 3000],
     }
     for points in swept.values():
         (own,) = [point for point in points if point["headline"]]
@@ -91,6 +96,8 @@ def test_every_option_with_several_values_is_swept_alone(cache, trace, tmp_path)
     assert used["mismatch"][0.1] > 1.03 * used["mismatch"][0]
     slow = next(point for point in swept["mismatch"] if not point["headline"])
     assert slow["k_max"] < result["k_max"]
+    none, many = swept["crashes_per_day"]
+    assert many["systems"]["dynamollm"]["attainment"] < none["systems"]["dynamollm"]["attainment"]
     # SinglePool has no starts in the window, no pools, and routes by nothing but load.
     for option in ("start_s", "predictor_accuracy", "pools"):
         first, other = used[option].values()
@@ -120,9 +127,12 @@ def test_without_ray_its_option_says_what_to_install(cache, trace, monkeypatch):
         (["--u", "0.6,nan"], "is no number"),
         (["--pools", "7"], "into 7 pools"),
         (["--mismatch", "3"], "beyond reason"),
+        (["--crashes-per-day", "-1"], "crashes a day are beyond reason"),
         (["--predictor-accuracy", "2"], "accuracy of a predictor"),
         (["--columns", "x"], "--columns x"),
         (["--physics", "none"], "no physics variant"),
+        (["--physics", "base,none.csv"], "cannot read the grid"),
+        (["--pools", "auto,7"], "into 7 pools"),
     ],
 )
 def test_bad_options_are_told_before_any_work(cache, trace, arguments, said):

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.clock import VirtualClock
+from controller.calibrate.assembly import ProfileIdentity, build_profile, class_mix, rarest_share, samples_by_group
 from controller.calibrate.sweep import (
     FileCache,
     MemoryCache,
     Phase,
     PointRequest,
-    ProfileIdentity,
     Progress,
     SweepPlan,
     SweepSettings,
-    build_profile,
-    class_mix,
-    rarest_share,
-    samples_by_group,
+    mean_of,
     set_of,
     sweep,
     sweep_kind,
 )
 from controller.domain.classes import DEFAULT_GROUPS, Bucket, ClassScheme, RequestClass, by_input
+from controller.profile.actuator import cap_for, caps_by_kind
 from controller.profile.fit import fit
-from controller.profile.table import OperatingPoint, Profile
+from controller.profile.table import SERVING, Actuator, OperatingPoint, Profile
 
 CLOCKS = (800, 1400, 1980)
 SHORT = by_input("short", "SM")
@@ -49,16 +47,21 @@ class MadeUp:
     knee_per_gpu: float = 1.0
     hopeless_below_mhz: int = 0
     stop_after: int = 10_000
+    cap_extra: float = 0.0  # power under a cap beyond that of the lock that is as fast
+    jitter: float = 0.0  # spread of the power from repeat to repeat
     asked: list[PointRequest] = field(default_factory=list)
 
     def knee_rps(self, tp: int, mhz: int) -> float:
-        return self.knee_per_gpu * tp * (mhz / 1980) ** 0.5
+        return float(self.knee_per_gpu * tp * (mhz / 1980) ** 0.5)
 
     def measure(self, request: PointRequest) -> OperatingPoint:
         if len(self.asked) >= self.stop_after:
             raise StoppedError
         self.asked.append(request)
-        x = request.rate_rps / self.knee_rps(request.tp, request.mhz)
+        mhz = request.mhz if request.cap_w is None else min(request.mhz, round(1980 * (request.cap_w - 100) / 500))
+        x = request.rate_rps / self.knee_rps(request.tp, mhz)
+        watts = request.tp * (100 + 300 * x * mhz / 1980) * (1 + (self.cap_extra if request.cap_w else 0.0))
+        watts *= 1 + self.jitter * np.random.default_rng([request.seed, request.mhz]).standard_normal()
         miss = 0.01 * max(0.0, 2 * x - 1) ** 2 if request.mhz >= self.hopeless_below_mhz else 0.5
         if self.noise:
             rng = np.random.default_rng([round(request.rate_rps * 1e6), request.mhz, request.requests])
@@ -69,7 +72,7 @@ class MadeUp:
             tp=request.tp,
             mhz=request.mhz,
             rate_rps=request.rate_rps,
-            power_w=request.tp * (100 + 300 * x * request.mhz / 1980),
+            power_w=watts,
             attainment=1 - min(1.0, miss),
             attainment_worst=1 - min(1.0, miss),
             ttft_p50_ms={Bucket.S: 50.0},
@@ -79,6 +82,7 @@ class MadeUp:
             running_mean=10 * x,
             running_p99=20 * x,
             requests=request.requests,
+            cap_w=request.cap_w,
         )
 
     def idle_w(self, tp: int, mhz: int) -> float:
@@ -87,8 +91,14 @@ class MadeUp:
     def parked_w(self) -> float:
         return 72.0
 
-    def saturated_s_per_token(self, phase: Phase, tp: int, mhz: int, mean_tokens: tuple[float, float]) -> float:
-        return {Phase.PREFILL: 1e-4, Phase.DECODE: 3e-4}[phase] / tp
+    def saturated(
+        self, phase: Phase, tp: int, mhz: int, mean_tokens: tuple[float, float], cap_w: float | None = None
+    ) -> tuple[float, float]:
+        """Under a cap as fast as under a lock of as many watts, but `cap_extra` hungrier."""
+        watts = cap_w if cap_w is not None else 100.0 + 500.0 * mhz / 1980
+        speed = (watts - 100.0) / 500.0
+        cost = {Phase.PREFILL: 1e-4, Phase.DECODE: 3e-4}[phase] / tp / speed
+        return cost, tp * watts * (1 + (self.cap_extra if cap_w is not None else 0.0))
 
 
 def plan(tps: tuple[int, ...] = (4,), clocks: tuple[int, ...] = CLOCKS) -> SweepPlan:
@@ -172,10 +182,18 @@ def test_progress_estimates_what_is_left() -> None:
             return super().measure(request)
 
     sweep(Slow(), plan(tps=(2, 4, 8)), MemoryCache(), seen.append, clock)
-    assert [(p.done, p.total) for p in seen] == [(1, 3), (2, 3), (3, 3)]
-    assert seen[0].remaining_s == pytest.approx(2 * clock.now_s / 3, rel=0.3)
-    assert seen[-1].remaining_s == 0
-    assert seen[-1].sentence == "short TP8"
+    kinds = [p for p in seen if p.sentence == f"short TP{(2, 4, 8)[p.done - 1]}"]
+    assert [(p.done, p.total) for p in kinds] == [(1, 3), (2, 3), (3, 3)]
+    assert kinds[0].remaining_s == pytest.approx(2 * clock.now_s / 3, rel=0.3)
+    assert kinds[-1].remaining_s == 0
+    # Long before the first kind is done, and within a factor of two.
+    early = seen[len(seen) // 9]
+    assert early.done == 0
+    assert clock.now_s / 2 < early.remaining_s < 2 * clock.now_s
+    assert "requests/s" in early.sentence
+    assert seen[-1].points == sum(
+        len(sweep_kind(MadeUp(), plan((tp,)), "short", tp, MemoryCache())) for tp in (2, 4, 8)
+    )
 
 
 def test_the_gate_sees_enough_of_the_rarest_bucket() -> None:
@@ -206,3 +224,84 @@ def test_of_two_points_at_one_load_the_better_measured_counts() -> None:
     few = backend.measure(PointRequest("short", 4, 1980, 1.0, 100, 1))
     many = backend.measure(PointRequest("short", 4, 1980, 1.0, 5000, 1))
     assert set_of([few, many]) == set_of([many, few]) == [many]
+
+
+# ----------------------------------------------------------------------------------------- repeats, caps, actuators
+
+
+def test_repeats_tell_how_sure_a_point_is_and_go_on_where_they_stopped(tmp_path: Path) -> None:
+    wanted = replace(plan(), settings=replace(plan().settings, repeats=3))
+    backend = MadeUp(jitter=0.02)
+    points = sweep_kind(backend, wanted, "short", 4, MemoryCache())
+    assert {p.repeats for p in points} == {3}
+    errors = [p.power_error_ratio for p in points]
+    assert 0 < max(errors) < 0.03
+    # Pass by pass: the last repeat of every point comes after the first of every other.
+    seeds = [request.seed for request in backend.asked]
+    assert seeds == sorted(seeds)
+    assert len(set(seeds)) == 3
+    again = MadeUp(jitter=0.02, stop_after=len(seeds) - 5)
+    with pytest.raises(StoppedError):
+        sweep_kind(again, wanted, "short", 4, FileCache(tmp_path / "points.jsonl"))
+    rest = MadeUp(jitter=0.02)
+    assert sweep_kind(rest, wanted, "short", 4, FileCache(tmp_path / "points.jsonl")) == points
+    assert len(rest.asked) == 5
+    profile = profile_of(rest, wanted, points)
+    assert profile.schema == 2
+    assert Profile.from_json(profile.to_json()) == profile
+
+
+def test_one_bad_run_of_two_is_not_averaged_away() -> None:
+    good = MadeUp().measure(PointRequest("short", 4, 1980, 1.0, 500, 1))
+    bad = replace(good, gap_p99_ms=300.0, ttft_p99_ms={Bucket.S: 900.0}, attainment_worst=0.95)
+    mean = mean_of([good, bad])
+    assert (mean.gap_p99_ms, mean.ttft_p99_ms[Bucket.S]) == (300.0, 900.0)
+    assert not mean.in_slo(plan().slo)
+    assert mean.attainment_sd > 0
+
+
+@pytest.mark.parametrize(("extra", "better"), [(0.2, Actuator.CLOCK), (-0.2, Actuator.CAP), (0.0, Actuator.EITHER)])
+def test_the_better_actuator_is_found_by_measurement(extra: float, better: Actuator) -> None:
+    backend = MadeUp(cap_extra=extra)
+    # As fast as the clocks 1390, 1693 and 1980 MHz are.
+    wanted = replace(plan(clocks=(1390, 1690, 1980)), caps_w=(451.0, 527.0, 600.0))
+    profile = profile_of(backend, wanted, sweep_kind(backend, wanted, "short", 4, MemoryCache()))
+    serving = [row for row in profile.actuators if row.phase == SERVING and row.load < 0.8 * backend.knee_rps(4, 1390)]
+    assert serving
+    assert {row.better for row in serving} == {better}
+    alone = [row for row in profile.actuators if row.phase in set(Phase)]
+    assert {row.phase for row in alone} == set(Phase)
+    assert {row.better for row in alone} == {better}
+    assert all(point.cap_w is None for point in profile.points)
+    rows = caps_by_kind(profile.actuators)
+    assert bool(rows) is (better is Actuator.CAP)
+    if rows:
+        chosen = cap_for(rows["short", 4], serving[0].load)
+        assert chosen is not None
+        assert chosen.cap_w == 451.0
+        assert cap_for(rows["short", 4], 100.0) is None  # beyond what was measured
+
+
+def test_what_scatters_as_much_as_it_differs_is_not_called_better() -> None:
+    backend = MadeUp(cap_extra=-0.02, jitter=0.05)
+    settings = replace(plan().settings, repeats=2)
+    wanted = replace(plan(clocks=(1390, 1690, 1980)), caps_w=(451.0, 527.0, 600.0), settings=settings)
+    profile = profile_of(backend, wanted, sweep_kind(backend, wanted, "short", 4, MemoryCache()))
+    serving = [row for row in profile.actuators if row.phase == SERVING and row.mhz and row.cap_w]
+    unsure = [row for row in serving if 2 * row.error_ratio > abs(1 - row.cap_power_w / row.clock_power_w)]
+    assert unsure
+    assert {row.better for row in unsure} == {Actuator.EITHER}
+
+
+def test_lower_caps_are_left_out_once_the_slo_breaks() -> None:
+    backend = MadeUp()
+    wanted = replace(plan(clocks=(1980,)), caps_w=(150.0, 200.0, 300.0, 600.0))
+    points = sweep_kind(backend, wanted, "short", 4, MemoryCache())
+    capped = [p for p in points if p.cap_w is not None]
+    light, heavy = (p.rate_rps for p in (min(capped, key=by_load), max(capped, key=by_load)))
+    assert {p.cap_w for p in capped if p.rate_rps == light} == set(wanted.caps_w)
+    assert {p.cap_w for p in capped if p.rate_rps == heavy} < set(wanted.caps_w) - {150.0}
+
+
+def by_load(point: OperatingPoint) -> float:
+    return point.rate_rps

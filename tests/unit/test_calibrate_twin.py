@@ -10,21 +10,20 @@ import pytest
 
 import simulator.calibration as calibration
 from common.errors import UserError
+from controller.calibrate.assembly import ProfileIdentity, build_profile, samples_by_group
 from controller.calibrate.sweep import (
     MemoryCache,
     Phase,
-    ProfileIdentity,
     Progress,
     SweepPlan,
     SweepSettings,
-    build_profile,
-    samples_by_group,
     sweep,
 )
 from controller.domain.classes import DEFAULT_GROUPS, by_input
 from controller.profile.fit import ProfileFit, fit
 from simulator.calibration import TwinBackend, arrivals, calibrate_twin, single_pool_max_rps
 from simulator.calibration_check import best_clocks, check_table
+from simulator.fast.steady import serve_fast
 from simulator.physics import Physics
 from simulator.steady import serve_steadily
 from simulator.traces import Request, generate, token_mix
@@ -71,6 +70,37 @@ def test_an_overload_is_given_up_and_counts_as_out_of_slo() -> None:
     assert point.power_w > 0
 
 
+@pytest.mark.parametrize(
+    ("tp", "mhz", "rate_rps"), [(8, 1980, 1.0), (8, 1605, 14.0), (4, 1200, 5.0), (2, 1980, 3.0), (8, 800, 0.1)]
+)
+@pytest.mark.parametrize("physics", [PHYSICS, Physics.from_text("base+prefill-first")], ids=["chunked", "first"])
+def test_what_is_measured_at_speed_is_what_the_plain_engine_says(
+    physics: Physics, tp: int, mhz: int, rate_rps: float
+) -> None:
+    requests = [*arrivals(MIX, rate_rps, 1500, seed=3), Request(1500 / rate_rps + 60, 3_000_000, 10)]
+    slow = serve_steadily(physics, tp, mhz, 2, requests)
+    fast = serve_fast(physics, tp, mhz, 2, requests)
+    assert fast.power_w == pytest.approx(slow.power_w, rel=1e-3)
+    assert fast.running_mean == pytest.approx(slow.running_mean, rel=1e-3)
+    assert fast.running_quantile(0.99) == pytest.approx(slow.running_quantile(0.99), abs=1)
+    assert fast.gap_quantile_ms(0.99) == pytest.approx(slow.gap_quantile_ms(0.99), abs=0.11)
+    assert sum(fast.gaps.values()) == sum(slow.gaps.values())
+    assert [o.served for o in fast.outcomes] == [o.served for o in slow.outcomes]
+    for ours, theirs in zip(fast.outcomes, slow.outcomes, strict=True):
+        assert (ours.input_tokens, ours.served) == (theirs.input_tokens, theirs.served)
+        assert (ours.ttft_ms, ours.tbt_ms) == pytest.approx((theirs.ttft_ms, theirs.tbt_ms), abs=1e-5)
+    assert not fast.outcomes[-1].served, "no engine holds the last one"
+
+
+def test_both_give_up_on_an_overload() -> None:
+    requests = arrivals(MIX, 60.0, 4000, seed=3)
+    slow, fast = (serve(PHYSICS, 4, 1200, 2, requests) for serve in (serve_steadily, serve_fast))
+    assert slow.gave_up
+    assert fast.gave_up
+    assert fast.power_w == pytest.approx(slow.power_w, rel=0.05)
+    assert not all(outcome.served for outcome in fast.outcomes)
+
+
 def test_equal_seeds_give_equal_requests_only_closer_together() -> None:
     slow, fast = arrivals(MIX, 1.0, 100, seed=3), arrivals(MIX, 4.0, 100, seed=3)
     assert [r[1:] for r in slow] == [r[1:] for r in fast]
@@ -87,11 +117,11 @@ def test_a_lower_clock_draws_less_and_is_slower() -> None:
 
 def test_saturated_phases_cost_what_the_physics_says() -> None:
     backend = TwinBackend(PHYSICS, SweepPlan(), {})
-    prefill = backend.saturated_s_per_token(Phase.PREFILL, 8, 1980, (1024.0, 100.0))
+    prefill, _ = backend.saturated(Phase.PREFILL, 8, 1980, (1024.0, 100.0))
     seconds, _ = PHYSICS.iteration(8, 1980, 0, 0, [(1024, 0)])
     assert prefill == pytest.approx(seconds / 1024, rel=0.05)
     for tp in (4, 8):
-        decode = backend.saturated_s_per_token(Phase.DECODE, tp, 1980, (1024.0, 100.0))
+        decode, _ = backend.saturated(Phase.DECODE, tp, 1980, (1024.0, 100.0))
         seconds, _ = PHYSICS.iteration(tp, 1980, 256, 256 * 1400)
         assert decode == pytest.approx(seconds / 256, rel=0.1)
 

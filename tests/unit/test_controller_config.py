@@ -68,3 +68,18 @@ def test_beyond_this_machine_it_listens_with_tls_only(listen: str) -> None:
 @pytest.mark.parametrize("listen", ["127.0.0.1:7700", "[::1]:7700", "localhost:7700", "unix:/run/dynamollm/c.sock"])
 def test_on_this_machine_it_needs_no_tls(listen: str) -> None:
     assert not load_config(ControllerConfig, "controller", SAMPLE, {}, {"listen": listen}).tls.on
+
+
+def test_rows_and_hooks_are_checked_at_load(tmp_path: Path) -> None:
+    sample = ControllerConfig.sample().model_dump()
+    for section, wrong, said in (
+        ("power", {"rows": {"a": ["nowhere"]}}, "power.rows.a: nowhere is no node_id"),
+        ("power", {"min_cap_w": 800.0}, "min_cap_w is above"),
+        ("provisioner", {"on": ["bmc", "{node}", "on"]}, "belong together"),
+        ("provisioner", {"on": ["bmc", "on"], "off": ["bmc", "off"]}, "need {node}"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ControllerConfig.model_validate({**sample, section: {**sample[section], **wrong}})
+    good = {**sample, "power": {**sample["power"], "rows": {"a": ["gpu-1"]}, "host_w": 900.0}}
+    loop = ControllerConfig.model_validate(good).loop_settings()
+    assert (loop.rows, loop.host_w, loop.node_ids, loop.provision) == ({"a": ("gpu-1",)}, 900.0, ("gpu-1",), None)

@@ -29,6 +29,15 @@ PLAN = decision(
             "cost_high_j": 40_000.0,
         },
         "missing": {"short/tp4": 1},
+        "foresight": {
+            "way": "tables",
+            "attainment": 0.9987,
+            "gpu_saves_w": -72.0,
+            "pools": {
+                "long": {"w_per_rps": 0.0, "rps_per_100w": None},
+                "short": {"w_per_rps": 250.0, "rps_per_100w": 0.4},
+            },
+        },
     },
     alternatives=(
         {"pools": ["all"], "counts": {"all/tp8": 2}, "power_w": 2700.0, "reason": "costs 200 W more than short"},
@@ -73,7 +82,11 @@ def test_a_plan_tells_demand_choice_alternatives_and_outcome() -> None:
         "long (needs at least 24 GPUs, 16 are there)",
         "No place was found for 1 x TP4 for short",
         "weighed 48 kinds of instance",
-        "What it predicted: 2500 W, 25% of the SLO capacity to spare",
+        "The solver (tables of least power per pool) weighed",
+        "100 W more would serve 0.40 of short (equivalent requests/s more)",
+        "A little more load of long would cost nothing",
+        "GPUs are not short: one more would only draw 72 W",
+        "What it predicted: 2500 W, 99.87% of the requests in SLO, 25% of the SLO capacity to spare",
         "over the 300 s after it: 2600 W on average, +4% against the prediction; 0.217 kWh; 4.25 requests/s arrived; "
         "99.5% of the requests that ended were in SLO; first token within 210 ms",
     ):

@@ -32,7 +32,7 @@ from controller.fleet.port import (
     Tick,
 )
 from controller.loop.core import Core
-from controller.loop.orders import SetMode
+from controller.loop.orders import CorrectProfile, SetMode, SetPowerBudget
 from controller.loop.state import Instant
 from controller.policy.milp.model import solve
 from controller.store.recorder import RecorderCounts
@@ -74,6 +74,8 @@ def page() -> str:
         core.handle(Instant(at_s, 1e9 + at_s), LoadSeen(LoadObservation("g", "1", at_s, MODEL, {MS: counts}, queues)))
     see(20.0, *instances)
     core.order(Instant(20.0, 1e9 + 20), SetMode("node:node-9", Mode.PAUSED))
+    core.order(Instant(20.0, 1e9 + 20), SetPowerBudget("cluster", 4000.0))
+    core.order(Instant(20.0, 1e9 + 20), CorrectProfile({("long", 8): 1.15}, (("long", 8),)))
     core.handle(Instant(20.0, 1e9 + 20), Tick(Level.INSTANCE))
     counts_now = RecorderCounts(recorded=10, spooled=2, refused=1, spool_bytes=300, database_ok=False)
     metrics = ControllerMetrics(core.state, lambda: counts_now, lambda: 1, lambda: 21.0)

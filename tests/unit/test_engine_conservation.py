@@ -15,7 +15,7 @@ from simulator.engine import Engine
 from simulator.iteration import TokenEvent
 from simulator.physics import Physics
 
-PHYSICS = {False: Physics.load(), True: Physics.load(legacy=True)}
+PHYSICS = {name: Physics.from_text(name) for name in ("base", "base+legacy", "base+prefill-first")}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Run:
     tokens: Counter[str] = field(default_factory=Counter)
     first_s: dict[str, float] = field(default_factory=dict)
     last_s: dict[str, float] = field(default_factory=dict)
+    waited_s: Counter[str] = field(default_factory=Counter)  # from the first token to the last, gap by gap
     gap_counts: int = 0
     gap_seconds: float = 0.0
     joules: float = 0.0
@@ -47,11 +48,11 @@ def drive(
     tp: int = 2,
     clocks: list[tuple[float, int]] | None = None,
     max_steps: int = 1,
-    legacy: bool = False,
+    physics: str = "base",
     power_limit_w: float | None = None,
 ) -> Run:
     """Runs a load to its end. Whatever happens during a run takes effect at the end of the step under way."""
-    run = Run(Engine(PHYSICS[legacy], tp))
+    run = Run(Engine(PHYSICS[physics], tp))
     engine = run.engine
     happenings: list[tuple[float, int, str, object]] = [(a.at_s, 0, "add", n) for n, a in enumerate(arrivals)]
     happenings += [(a.abort_at_s, 1, "abort", n) for n, a in enumerate(arrivals) if a.abort_at_s < inf]
@@ -86,8 +87,8 @@ def drive(
         events = engine.finish_iteration(iteration)
         now = iteration.end_s
         note(run, events, now)
-        run.gap_counts += iteration.gap_count
-        run.gap_seconds += iteration.gap_s * iteration.gap_count
+        run.gap_counts += sum(count for _, count in iteration.gaps)
+        run.gap_seconds += sum(gap_s * count for gap_s, count in iteration.gaps)
         run.joules += iteration.joules_per_gpu
         run.calls += 1
         assert engine.kv_used_tokens <= engine.kv_capacity_tokens
@@ -101,8 +102,10 @@ def note(run: Run, events: list[TokenEvent], now: float) -> None:
         run.tokens[event.request_id] += event.tokens
         assert run.tokens[event.request_id] == event.last_index + 1
         run.ended[event.request_id] += event.finished
-        if event.first:
+        if event.gap_s is None:
             run.first_s[event.request_id] = now
+        else:
+            run.waited_s[event.request_id] += event.gap_s * event.tokens
         run.last_s[event.request_id] = now
 
 
@@ -121,14 +124,15 @@ CLOCKS = st.lists(st.tuples(st.floats(0, 25), st.sampled_from([800, 1200, 1605, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(ARRIVALS, CLOCKS, st.sampled_from([1, 7, 10**9]))
-def test_every_request_ends_exactly_once_with_the_tokens_asked_for(arrivals, clocks, max_steps):
-    run = drive(arrivals, clocks=clocks, max_steps=max_steps)
+@given(ARRIVALS, CLOCKS, st.sampled_from([1, 7, 10**9]), st.sampled_from(sorted(PHYSICS)))
+def test_every_request_ends_exactly_once_with_the_tokens_asked_for(arrivals, clocks, max_steps, physics):
+    run = drive(arrivals, clocks=clocks, max_steps=max_steps, physics=physics)
     for number, arrival in enumerate(arrivals):
         name = str(number)
         if arrival.abort_at_s == inf:
             assert run.ended[name] == 1
             assert run.tokens[name] == arrival.output_tokens
+            assert run.waited_s[name] == pytest.approx(run.last_s[name] - run.first_s[name], rel=1e-9, abs=1e-9)
         else:
             assert run.ended[name] <= 1  # an abort that came before its request finds nothing
             assert run.tokens[name] <= arrival.output_tokens
@@ -136,15 +140,14 @@ def test_every_request_ends_exactly_once_with_the_tokens_asked_for(arrivals, clo
     assert counters.finished + counters.aborted == len(arrivals)
     assert counters.generation_tokens == sum(run.tokens.values())
     assert (run.engine.kv_used_tokens, run.engine.running, run.engine.waiting) == (0, 0, 0)
-    assert run.engine.decoding_by_tag == {}
 
 
 @settings(max_examples=60, deadline=None)
-@given(ARRIVALS, CLOCKS, st.sampled_from([2, 4]), st.booleans())
-def test_merged_steps_give_the_same_results_as_single_steps(arrivals, clocks, tp, legacy):
+@given(ARRIVALS, CLOCKS, st.sampled_from([2, 4]), st.sampled_from(sorted(PHYSICS)))
+def test_merged_steps_give_the_same_results_as_single_steps(arrivals, clocks, tp, physics):
     # Happenings on the very instant of a step's end may fall on either side by rounding: keep them off the grid.
-    single = drive(arrivals, tp, clocks, max_steps=1, legacy=legacy)
-    merged = drive(arrivals, tp, clocks, max_steps=10**9, legacy=legacy)
+    single = drive(arrivals, tp, clocks, max_steps=1, physics=physics)
+    merged = drive(arrivals, tp, clocks, max_steps=10**9, physics=physics)
     assert merged.calls <= single.calls
     assert merged.tokens == single.tokens
     assert merged.ended == single.ended
@@ -191,7 +194,7 @@ def test_first_and_last_tokens_alone_are_the_same_events():
     """A driver that does not want every token still learns of every first and last one."""
     seen: dict[bool, list[tuple[str, int, bool, float]]] = {}
     for every_token in (True, False):
-        engine, now, seen[every_token] = Engine(PHYSICS[False], 4), 0.0, []
+        engine, now, seen[every_token] = Engine(PHYSICS["base"], 4), 0.0, []
         for number, arrival in enumerate(chat_load(20, 5.0, seed=3)):
             engine.add(str(number), arrival.input_tokens, arrival.output_tokens, 0.0)
         while (iteration := engine.begin_iteration(now, 1980, max_steps=10**9)) is not None:
@@ -204,14 +207,13 @@ def test_first_and_last_tokens_alone_are_the_same_events():
     assert seen[True] == seen[False]
 
 
-def test_tags_tell_whose_gaps_an_iteration_makes():
-    engine = Engine(PHYSICS[False], 4)
+def test_merged_steps_stop_at_the_next_finish_and_have_one_gap_each():
+    engine = Engine(PHYSICS["base"], 4)
     for number in range(5):
-        engine.add(str(number), 10, 4 + number, 0.0, tag="even" if number % 2 == 0 else "odd")
+        engine.add(str(number), 10, 4 + number, 0.0)
     first = engine.begin_iteration(0.0, 1980)
     engine.finish_iteration(first)
-    assert engine.decoding_by_tag == {"even": 3, "odd": 2}
     run = engine.begin_iteration(first.end_s, 1980, max_steps=100)
-    assert (run.steps, run.gap_count) == (3, 15)
+    assert (run.steps, run.gaps) == (3, ((run.seconds / 3, 15),))
     engine.finish_iteration(run)
-    assert engine.decoding_by_tag == {"even": 2, "odd": 2}
+    assert engine.running == 4

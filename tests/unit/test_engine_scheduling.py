@@ -197,3 +197,35 @@ def test_misuse_is_an_error():
         engine.finish_iteration(iteration)
     with pytest.raises(ValueError, match="at least max_running"):
         Engine(PHYSICS, 4, chunk_tokens=128)
+
+
+# ---------------------------------------------------------------------------------------------------- priorities
+
+
+def test_by_priority_the_least_number_goes_first_and_ties_as_they_came():
+    def order_of(by_priority: bool) -> list[str]:
+        engine = Engine(PHYSICS, 8, chunk_tokens=300, max_running=1, by_priority=by_priority)
+        for number, (name, priority) in enumerate((("a", 0), ("late", 900), ("b", 5), ("c", 5), ("d", -1))):
+            engine.add(name, 300, 1, now_s=0.1 * number, priority=priority)
+        now_s, told_of = 1.0, []
+        while not engine.idle:
+            now_s, events = step(engine, now_s)
+            told_of += [event.request_id for event in events]
+        return told_of
+
+    assert order_of(by_priority=False) == ["a", "late", "b", "c", "d"]
+    assert order_of(by_priority=True) == ["d", "a", "b", "c", "late"]
+
+
+def test_by_priority_the_highest_number_is_preempted_and_waits_by_its_number():
+    engine = Engine(PHYSICS, 2, by_priority=True)
+    half = engine.kv_capacity_tokens // 2 - 2
+    engine.chunk_tokens = 2 * half  # both are read at once
+    late = engine.add("late", half, 100, now_s=0.0, priority=9)
+    soon = engine.add("soon", half, 100, now_s=0.1, priority=1)
+    now_s = 1.0
+    while not engine.counters.preemptions:
+        now_s, _ = step(engine, now_s)
+    assert (late.phase, soon.phase) == (Phase.WAITING, Phase.DECODE)
+    engine.add("between", 10, 1, now_s=now_s, priority=5)
+    assert [request.request_id for request in engine._waiting] == ["between", "late"]

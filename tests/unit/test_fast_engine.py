@@ -19,7 +19,16 @@ from simulator.traces import Trace, generate
 from tests.engine_reference import Served, serve_one, trace_of
 
 PHYSICS = {
-    name: Physics.from_text(name) for name in ("base", "pessimistic", "optimistic", "base+legacy", "optimistic+legacy")
+    name: Physics.from_text(name)
+    for name in (
+        "base",
+        "pessimistic",
+        "optimistic",
+        "base+legacy",
+        "optimistic+legacy",
+        "base+prefill-first",
+        "pessimistic+legacy+prefill-first",
+    )
 }
 
 
@@ -75,19 +84,34 @@ def test_any_load_gives_what_the_reference_gives(load, clocks, tp, physics, part
     compare(serve_one(PHYSICS[physics], tp, trace, clocks), serve_fast(PHYSICS[physics], tp, trace, clocks, parts))
 
 
-def test_a_full_kv_cache_preempts_in_the_same_order():
+@pytest.mark.parametrize("physics", ["base", "base+prefill-first"])
+def test_a_full_kv_cache_preempts_in_the_same_order(physics):
     """TP2 holds 29,000 tokens: so many growing answers do not fit together."""
     load = [(0.1 * number, 300 + 10 * number, 300 + 40 * number) for number in range(80)]
-    slow = serve_one(PHYSICS["base"], 2, trace_of(load), [(5.0, 1200), (9.0, 1980)])
+    slow = serve_one(PHYSICS[physics], 2, trace_of(load), [(5.0, 1200), (9.0, 1980)])
     assert slow.preemptions > 5
-    compare(slow, serve_fast(PHYSICS["base"], 2, trace_of(load), [(5.0, 1200), (9.0, 1980)]))
+    compare(slow, serve_fast(PHYSICS[physics], 2, trace_of(load), [(5.0, 1200), (9.0, 1980)]))
 
 
-def test_a_batch_beyond_the_largest_waits_alike():
+@pytest.mark.parametrize("physics", ["base", "base+prefill-first"])
+def test_a_batch_beyond_the_largest_waits_alike(physics):
     load = [(0.001 * number, 40, 60 + number % 50) for number in range(700)]
-    slow = serve_one(PHYSICS["base"], 4, trace_of(load))
+    slow = serve_one(PHYSICS[physics], 4, trace_of(load))
     assert slow.most_running == 256
-    compare(slow, serve_fast(PHYSICS["base"], 4, trace_of(load)))
+    compare(slow, serve_fast(PHYSICS[physics], 4, trace_of(load)))
+
+
+def test_prefills_that_go_first_show_as_long_token_gaps():
+    """Nine long prompts come while one answer is written: whole prompts make it wait, chunks ride along with it."""
+    load = [(0.0, 100, 300), *((0.5 + 0.3 * number, 6_000, 2) for number in range(9))]
+    longest_s = {}
+    for name in ("base", "base+prefill-first"):
+        fast = serve_fast(PHYSICS[name], 8, trace_of(load))
+        assert fast.gaps.sum() == sum(answer - 1 for _, _, answer in load)
+        longest_s[name] = gap_centres_s()[np.flatnonzero(fast.gaps.sum(axis=1))[-1]]
+    whole_s, _ = PHYSICS["base"].iteration(8, 1980, 0, 0, [(6_000, 0)])
+    assert longest_s["base"] < 0.06
+    assert whole_s < longest_s["base+prefill-first"] < whole_s + 0.03
 
 
 def test_a_legacy_engine_leaves_its_floor_in_the_middle_of_a_run():
@@ -96,11 +120,11 @@ def test_a_legacy_engine_leaves_its_floor_in_the_middle_of_a_run():
     compare(serve_one(PHYSICS["base+legacy"], 4, trace_of(load)), serve_fast(PHYSICS["base+legacy"], 4, trace_of(load)))
 
 
-@pytest.mark.parametrize("kind", ["conv", "code"])
-def test_half_an_hour_of_traffic_under_changing_clocks_is_the_same(kind):
+@pytest.mark.parametrize(("kind", "physics"), [("conv", "base"), ("code", "base"), ("conv", "base+prefill-first")])
+def test_half_an_hour_of_traffic_under_changing_clocks_is_the_same(kind, physics):
     trace = generate(kind, 600.0, 3.0, seed=5)
     clocks = [(7.0 * number, [800, 1200, 1980, 1605][number % 4]) for number in range(80)]
-    compare(serve_one(PHYSICS["base"], 8, trace, clocks), serve_fast(PHYSICS["base"], 8, trace, clocks))
+    compare(serve_one(PHYSICS[physics], 8, trace, clocks), serve_fast(PHYSICS[physics], 8, trace, clocks))
 
 
 def test_every_request_ends_once_and_every_token_but_the_first_has_a_gap():

@@ -19,9 +19,9 @@ def from_tables(
 ) -> tuple[float, float]:
     """Seconds and watts of an iteration by what stands in the tables."""
     row = tables.row(tp, mhz)
-    base, rates = tables.cost[row, batch + sum(tokens for tokens, _ in chunks)], tables.rates[row]
+    base, rates = tables.cost[2 * row + (not chunks), batch + sum(n for n, _ in chunks)], tables.rates[row]
     attention_s = sum(tokens * (before + tokens / 2) for tokens, before in chunks) * rates["attention_s"]
-    memory_s = context * rates["kv_s"] + batch * rates["sequence_s"]
+    memory_s = context * rates["kv_s"] + (batch * rates["sequence_s"] if chunks else 0.0)
     seconds = base[BASE_S] + attention_s + memory_s
     joules = base[BASE_J] + attention_s * base[TENSOR_W] + memory_s * rates["kv_w"]
     if batch and seconds < rates["floor_s"]:
@@ -55,11 +55,11 @@ def test_any_iteration_costs_what_the_physics_says(variant):
 def test_rows_are_made_once_and_never_move():
     tables = CostTables(Physics.load(), 64)
     first = tables.row(8, 1980)
-    before = tables.cost[first].copy()
+    before = tables.cost[2 * first : 2 * first + 2].copy()
     others = [tables.row(tp, mhz) for tp in (2, 4, 8) for mhz in (210, 1200, 1980)]
     assert len(set(others)) == len(tables.rates) == 9
     assert tables.row(8, 1980) == first
-    assert (tables.cost[first] == before).all()
+    assert (tables.cost[2 * first : 2 * first + 2] == before).all()
     assert tables.rates["idle_w"][first] == Physics.load().idle_w(1980, context=True)
 
 

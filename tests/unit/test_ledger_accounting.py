@@ -12,9 +12,11 @@ from controller.domain.classes import ClassScheme
 from controller.domain.slo import Slo
 from simulator.assembly import _verdict
 from simulator.fast.layout import CLASSES, GAP_BINS
+from simulator.ledger import _least
 from simulator.loads import load_named, week_shape
 from simulator.outcome import SystemRun, classes_of, energies_kwh, judge, judged_classes, node_off_s
 from simulator.prices import read_steps
+from simulator.references import LargestLoad
 from simulator.study import Study
 from simulator.traces import Trace, scale
 
@@ -160,3 +162,8 @@ def test_copies_of_a_file_are_those_of_the_ledger(tmp_path):
     )
     load = load_named(str(file))
     np.testing.assert_array_equal(load.at(2.0, 9).arrival_s, scale(load.recorded, 2.0, 9).arrival_s)
+
+
+def test_k_max_is_what_every_seed_serves() -> None:
+    found = [LargestLoad(8.0, 8.9, 20.4, 10.8), LargestLoad(4.0, 9.1, 10.3, 4.3)]
+    assert _least(found) == LargestLoad(4.0, 8.9, 10.3, 4.3)

@@ -9,6 +9,7 @@ import pytest
 from controller.domain.classes import RequestClass
 from controller.domain.reasons import Level, Mode, Reason
 from controller.fleet.port import (
+    ApplyCaps,
     ApplyClocks,
     ClassCounters,
     DrainInstance,
@@ -23,6 +24,7 @@ from controller.fleet.port import (
     NodeObservation,
     NodeSeen,
     PublishRouting,
+    ReleaseCaps,
     ReleaseClocks,
     Solve,
     StartInstance,
@@ -32,6 +34,7 @@ from controller.loop.core import Core, Step
 from controller.loop.settings import Knobs, LoopSettings
 from controller.loop.state import Instant
 from controller.policy.milp.model import solve
+from controller.profile.table import SERVING, Actuator, ActuatorRow
 from controller.store.records import PlanRecord
 from tests.synthetic_profile import MODEL, synthetic_profile
 
@@ -62,9 +65,9 @@ class Bench:
                 effects += self.send(EffectDone(effect.effect_id, True, solution=solve(effect.problem)))
         return effects
 
-    def see(self, node: str, *instances: InstanceObservation) -> list[Effect]:
-        gpus = tuple(GpuObservation(f"{node}-{i}", i, True, 72.0, 0.0, 345, None) for i in range(8))
-        return self.send(NodeSeen(NodeObservation(node, self.now_s, gpus, instances)))
+    def see(self, node: str, *instances: InstanceObservation, gpus: int = 8) -> list[Effect]:
+        seen = tuple(GpuObservation(f"{node}-{i}", i, True, 72.0, 0.0, 345, None) for i in range(gpus))
+        return self.send(NodeSeen(NodeObservation(node, self.now_s, seen, instances)))
 
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
@@ -188,13 +191,18 @@ def test_a_silent_agent_stays_in_the_routing() -> None:
     assert [i.instance_id for pool in table.pools for i in pool.instances] == [start.instance_id]
 
 
-def test_an_instance_nobody_wants_is_taken_out_of_the_routing_before_it_drains() -> None:
+def test_silence_takes_nothing_away_and_a_drain_comes_after_the_routing() -> None:
     bench = make(nodes=1)
     bench.see("a")
     (start,) = starts(bench.send(Tick(Level.INSTANCE)))
     bench.see("a", ready(start))
     stranger = InstanceObservation("stranger", MODEL, "all", (), InstanceState.READY, "http://stranger", 0.0, 0.0, 0.0)
     effects = bench.see("a", ready(start), stranger)
+    assert not [e for e in effects if isinstance(e, DrainInstance)], "the load is unknown: silence takes nothing away"
+    bench.send(load(0.0, 0))
+    bench.wait(1)
+    bench.send(load(1.0, 1))
+    effects = bench.send(Tick(Level.INSTANCE))
     kinds = [type(effect) for effect in effects if isinstance(effect, PublishRouting | DrainInstance)]
     assert kinds == [PublishRouting, DrainInstance]
     table = next(effect.table for effect in effects if isinstance(effect, PublishRouting))
@@ -334,3 +342,30 @@ def test_silence_before_the_first_request_is_not_zero_load() -> None:
         bench.see("a", *(ready(effect) for effect in started))
     effects = bench.send(Tick(Level.POOL)) + bench.send(Tick(Level.CLUSTER))
     assert not [effect for effect in effects if isinstance(effect, DrainInstance)]
+
+
+def test_a_cap_that_draws_less_is_applied_under_a_lease_and_let_go_where_the_lock_is_better() -> None:
+    row = ActuatorRow(SERVING, "short", 2, 1.0, 800, 500.0, 350.0, 300.0, 0.0, Actuator.CAP)
+    kinds = tuple(replace(row, group=g, tp=tp) for g in ("all", "short", "long") for tp in (2, 4, 8))
+    profile = replace(synthetic_profile(), actuators=kinds)
+    bench = Bench(Core(settings(knobs=Knobs(standby=False)), profile, term=1, expected_nodes=1))
+    bench.see("a")
+    seen = [ready(effect, running=3.0) for effect in starts(bench.send(Tick(Level.INSTANCE)))]
+    bench.see("a", *seen)
+    effects = bench.send(Tick(Level.INSTANCE))
+    applied = [effect for effect in effects if isinstance(effect, ApplyCaps)]
+    assert [(cap.protects, {target.watts for target in cap.targets}) for cap in applied] == [(False, {350.0})]
+    assert not [effect for effect in effects if isinstance(effect, ApplyClocks)]
+    said = [d for step in bench.steps for d in step.decisions if d.outcome.get("cap_w")]
+    assert said
+    assert "power cap of 350 W" in said[-1].sentence
+    bench.see("a", *seen)
+    assert [e for e in bench.send(Tick(Level.INSTANCE)) if isinstance(e, ApplyCaps)]  # renewed
+    bench.wait(5)
+    busy = [replace(instance, waiting=9.0) for instance in seen]  # trouble: nothing may hold them back
+    bench.see("a", *busy)
+    effects = bench.send(Tick(Level.INSTANCE))
+    assert [set(effect.gpu_uuids) for effect in effects if isinstance(effect, ReleaseCaps)] == [
+        {uuid for instance in seen for uuid in instance.gpu_uuids}
+    ]
+    assert not [effect for effect in effects if isinstance(effect, ApplyCaps)]

@@ -253,7 +253,16 @@ def reports(draw: st.DrawFn) -> list[LoadObservation]:
                 float(number),
                 "m",
                 {c: draw(counters) for c in classes},
-                {pool: QueueObservation(draw(st.integers(0, 9)), 0, draw(st.floats(0, 9))) for pool in pools},
+                {
+                    pool: QueueObservation(
+                        draw(st.integers(0, 9)),
+                        0,
+                        draw(st.floats(0, 9)),
+                        draw(st.integers(0, 3)),
+                        draw(st.dictionaries(st.sampled_from(["queue_full", "too_late"]), st.integers(1, 9))),
+                    )
+                    for pool in pools
+                },
             )
         )
     return made

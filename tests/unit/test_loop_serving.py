@@ -109,3 +109,30 @@ def test_after_bursts_all_serve_also_in_the_quiet_between() -> None:
     assert even.core.state.burst_rps["all"] == 0.0
     assert bursty.core.state.burst_rps["all"] > 1.0
     assert bursty.serving() > even.serving() == 1
+
+
+def test_a_load_on_its_way_beyond_the_plan_is_planned_for_before_it_is_there() -> None:
+    fleet = Fleet()
+    state = fleet.core.state
+    (plan,) = state.pools.values()
+    capacity_rps = sum(n * state.fit.max_rate_rps("all", tp) for tp, n in plan.counts.items())
+    fleet.serve(PLANNED_RPS, seconds=120)
+    assert fleet.planned_for("load") == 0
+    rate_rps = PLANNED_RPS
+    while not fleet.planned_for("load") and rate_rps < capacity_rps:
+        rate_rps += 0.1
+        fleet.serve(rate_rps, seconds=5)
+    assert fleet.planned_for("load") == 1
+    assert rate_rps < capacity_rps
+
+
+def test_where_hosts_go_off_those_stand_by_that_could_free_one() -> None:
+    fleet = Fleet(knobs=Knobs(clocks=False), hosts_off=True, host_w=2000.0)
+    used = {node: sum(len(i.gpu_uuids) for i in instances) for node, instances in fleet.instances.items()}
+    fullest = max(used, key=lambda node: used[node])
+    assert used[fullest] == 8
+    assert 0 < min(used.values()) < 8
+    fleet.serve(0.5)
+    served = {i.instance_id for instances in fleet.instances.values() for i in instances} - fleet.core.state.standby
+    assert served
+    assert served <= {i.instance_id for i in fleet.instances[fullest]}

@@ -10,7 +10,7 @@ import pytest
 from nodeagent.control.caps import load
 from nodeagent.control.leases import Owner, OwnerKind
 from nodeagent.control.results import Code, Result
-from nodeagent.control.settings import MemoryClockLock, PowerLimit
+from nodeagent.control.settings import ClockLock, ControlKind, MemoryClockLock, PowerLimit
 from nodeagent.gpu.driver import GpuError
 from tests.controlrig import CONTROLLER, OPERATOR, Rig
 from tests.fakegpu import FakeDriver
@@ -102,6 +102,18 @@ async def test_the_lowest_of_several_caps_counts_and_a_weaker_owner_cannot_lift_
     assert limit_w(rig) == 500.0
     await cap(rig, 450.0)
     await rig.controls.release(OPERATOR, 0, ["GPU-0"], "all of it")  # named: the weaker one's goes as well
+    assert limit_w(rig) == 650.0
+
+
+async def test_a_clock_is_let_go_without_its_cap_and_the_other_way_round(rig: Rig) -> None:
+    await cap(rig, 500.0)
+    await rig.apply(ClockLock(990, 990))
+    await rig.controls.release(CONTROLLER, 1, ["GPU-0"], "full clock", {ControlKind.CLOCK_LOCK})
+    assert rig.driver.gpus[0].lock_mhz is None
+    assert limit_w(rig) == 500.0
+    await rig.apply(ClockLock(990, 990))
+    await rig.controls.release(CONTROLLER, 1, ["GPU-0"], "no budget", {ControlKind.POWER_LIMIT})
+    assert rig.driver.gpus[0].lock_mhz is not None
     assert limit_w(rig) == 650.0
 
 

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.policy.idle import LONE_SHARE, choose_serving, keep_s, power_at, standby_w
+from controller.policy.idle import (
+    LONE_SHARE,
+    MANY,
+    MANY_SHARE,
+    carried_share,
+    choose_serving,
+    keep_s,
+    power_at,
+    standby_w,
+)
 from controller.profile.fit import fit
 from controller.profile.table import IdlePoint
 from tests.synthetic_profile import synthetic_profile
@@ -74,8 +83,7 @@ def test_it_carries_what_all_together_carry(counts: dict[int, int], rate: float,
     chosen = choose_serving(FITTED, "short", counts, rate, fill, least)
     all_rps = fill * sum(n * FITTED.max_rate_rps("short", tp) for tp, n in counts.items())
     assert all(0 <= n <= counts[tp] for tp, n in chosen.counts.items())
-    if sum(counts.values()) == 1:
-        all_rps *= LONE_SHARE
+    all_rps *= carried_share(sum(counts.values()))
     if rate <= all_rps * (1 - 1e-6) and sum(counts.values()):
         assert chosen.carries
         assert sum(chosen.counts.values()) >= min(least, sum(counts.values()))
@@ -88,9 +96,22 @@ def test_standby_is_kept_for_as_long_as_a_start_costs() -> None:
     assert keep_s(FITTED, "short", 4, 1000.0) == pytest.approx(1000.0 / extra_w)
 
 
+def test_where_hosts_are_switched_off_it_is_kept_for_as_long_as_a_start_and_a_hosts_way_down_and_up_cost() -> None:
+    extra_w = standby_w(FITTED, "short", 4) - 4 * FITTED.parked_w + 4 * 250.0
+    kept_s = keep_s(FITTED, "short", 4, 1000.0, host_share_w=250.0, host_cycle_s=600.0)
+    assert kept_s == pytest.approx((1000.0 + 600.0 * 4 * 250.0) / extra_w)
+    assert kept_s < keep_s(FITTED, "short", 4, 1_000_000.0)
+
+
 def test_it_stands_by_at_the_clock_of_least_power() -> None:
     low = replace(FITTED.profile, idle=(*FITTED.profile.idle, IdlePoint(4, 210, 290.0)))
     assert standby_w(fit(low), "short", 4) == 290.0
     point = fit(low).standby(4)
     assert point is not None
     assert point.mhz == 210
+
+
+def test_many_need_no_margin_few_do() -> None:
+    assert choose_serving(FITTED, "short", {4: MANY}, 1.04 * MANY * TOP).carries
+    assert not choose_serving(FITTED, "short", {4: MANY}, 1.01 * MANY_SHARE * MANY * TOP).carries
+    assert not choose_serving(FITTED, "short", {4: MANY - 1}, 1.01 * (MANY - 1) * TOP).carries

@@ -8,13 +8,14 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 
+import pulp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controller.policy.milp.columns import build_columns
-from controller.policy.milp.model import CBC, HIGHS, solve
-from controller.policy.milp.problem import Column, PartitionResult, PlanProblem, PlanSolution, PoolDemand
+from controller.policy.milp.model import CBC, HIGHS, build, solve
+from controller.policy.milp.problem import Column, PartitionResult, PlanProblem, PlanSolution, PoolDemand, Way
 from controller.profile.fit import fit
 from tests.synthetic_profile import synthetic_profile
 
@@ -308,3 +309,67 @@ def test_no_warning_is_raised() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# --------------------------------------------------------------------------------------------- how, and at the margin
+
+
+def least_w(p: PlanProblem) -> float:
+    """Of the relaxation."""
+    model = build(p, p.partitions[0], keep_current=False, whole=False)
+    model.lp.solve(pulp.HiGHS(msg=False))
+    return float(pulp.value(model.lp.objective)) + model.constant_w
+
+
+@pytest.mark.parametrize("gpus", [24, 96], ids=["crowded", "roomy"])
+def test_shadow_prices_are_what_a_little_more_costs(gpus: int) -> None:
+    demands = (PoolDemand("short", 9.0), PoolDemand("long", 9.0))
+    base = problem(gpus, partitions=(demands,))
+    solution = solve(base)
+    assert solution.chosen is not None
+    prices = solution.chosen.prices
+    assert prices is not None
+    for i, demand in enumerate(demands):
+        more = tuple(replace(d, rate_rps=d.rate_rps + 0.01) if j == i else d for j, d in enumerate(demands))
+        each = (least_w(replace(base, partitions=(more,))) - least_w(base)) / 0.01
+        assert prices.w_per_rps[demand.pool] == pytest.approx(each, rel=0.02)
+        assert prices.more_rps(demand.pool, 100.0) == pytest.approx(100.0 / each, rel=0.02)
+    one_more = least_w(replace(base, gpus=gpus + 8)) - least_w(base)
+    assert 8 * prices.gpu_saves_w >= -one_more - 1e-6  # the gain of each further GPU only falls
+    assert (prices.gpu_saves_w == -base.parked_w) == (gpus == 96)
+
+
+def test_load_that_what_stands_there_serves_has_no_price() -> None:
+    solution = solve(problem(partitions=((PoolDemand("all", 0.0, 1),),)))
+    assert solution.chosen is not None
+    assert solution.chosen.prices is not None
+    assert solution.chosen.prices.more_rps("nowhere", 100.0) is None
+
+
+def test_a_plan_says_which_way_it_was_found() -> None:
+    few = solve(problem())
+    assert few.chosen is not None
+    assert few.chosen.way is Way.MILP
+    assert all(result.way is Way.MILP for result in few.rejected)
+    assert all(result.prices is None for result in few.rejected)
+    large = solve(problem(gpus=4000, rates=(1500.0, 700.0, 700.0), gap=0.02))
+    assert large.chosen is not None
+    assert large.chosen.way is Way.ROUNDED
+    nothing = solve(problem(gpus=1))
+    assert nothing.chosen is None
+    assert {result.way for result in nothing.rejected} == {Way.NONE}
+
+
+def test_hosts_weigh_in_the_plan_and_not_in_the_power_of_its_gpus() -> None:
+    """Wide and slow draws less than narrow and fast, until every GPU that is held keeps a host from going off."""
+    slow, fast = Column("all", 8, 800, 4.0, 1200.0), Column("all", 4, 1980, 4.0, 1800.0)
+    alone = problem(partitions=((PoolDemand("all", 4.0),),), columns=(slow, fast))
+    plain, with_hosts = solve(alone), solve(replace(alone, host_share_w=250.0))
+    assert plain.chosen is not None
+    assert with_hosts.chosen is not None
+    assert plain.chosen.counts == {("all", 8): 1}
+    assert with_hosts.chosen.counts == {("all", 4): 1}
+    assert with_hosts.chosen.power_w == pytest.approx(1800.0 + 12 * 72.0)
+    assert with_hosts.chosen.objective_w == pytest.approx(1800.0 + 12 * 72.0 + 4 * 250.0)
+    wrong = solve(replace(alone, host_share_w=float("nan")))
+    assert wrong.chosen is None

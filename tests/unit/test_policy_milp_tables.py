@@ -50,6 +50,7 @@ def problems(draw: st.DrawFn) -> PlanProblem:
         start_j=draw(JOULES),
         retire_j=draw(JOULES),
         keep_current=draw(st.booleans()),
+        host_share_w=draw(st.sampled_from([0.0, 250.0])),
         gap=0.0,
     )
 

@@ -39,12 +39,13 @@ def put(
     *instances: HeldInstance,
     current: Layout | None = None,
     nodes: tuple[Node, ...] = NODES,
+    least_nodes: int | None = None,
 ) -> Placed:
     if current is None:
         current = Layout(
             tuple(PlannedInstance(h.instance_id, h.pool, "m", h.node_id, h.gpu_uuids) for h in instances if h.keep)
         )
-    placed = place(counts, "m", current, instances, nodes, ids())
+    placed = place(counts, "m", current, instances, nodes, ids(), least_nodes)
     assert_sound(counts, placed, nodes)
     return placed
 
@@ -142,6 +143,42 @@ def test_a_plan_not_yet_started_is_kept_when_asked_again() -> None:
     assert again.kept == first.kept
 
 
+THREE = (node("n0"), node("n1"), node("n2"))
+
+
+def nodes_of(placed: Placed, pool: str | None = None) -> set[str]:
+    return {i.node_id for i in placed.layout.instances if pool in (None, i.pool)}
+
+
+def test_gathered_instances_fill_a_node_before_they_open_another() -> None:
+    assert nodes_of(put({("short", 4): 1, ("long", 4): 1}, nodes=THREE, least_nodes=1)) == {"n0"}
+    there = held("a", "long", "n1", 0, 4)
+    assert nodes_of(put({("short", 2): 2, ("long", 4): 1}, there, nodes=THREE, least_nodes=1)) == {"n1"}
+    assert len(nodes_of(put({("all", 4): 5}, nodes=THREE, least_nodes=1))) == 3
+
+
+def test_a_narrow_one_that_stays_counts_when_a_wider_one_looks_for_its_place() -> None:
+    there = held("a", "short", "n1", 0, 2)
+    assert nodes_of(put({("short", 2): 1, ("long", 4): 1}, there, nodes=THREE, least_nodes=1)) == {"n1"}
+
+
+def test_gathered_the_emptiest_node_loses_its_instances_first() -> None:
+    there = [held(f"a{i}", "all", "n0", 4 * i, 4) for i in range(2)] + [held("b", "all", "n1", 0, 4)]
+    there += [held(f"c{i}", "all", "n2", 4 * i, 4) for i in range(2)]
+    assert nodes_of(put({("all", 4): 4}, *there, nodes=THREE, least_nodes=1)) == {"n0", "n2"}
+    # Of two alike one becomes empty, and not a half of each.
+    assert len(nodes_of(put({("all", 4): 2}, *there, nodes=THREE, least_nodes=1))) == 1
+    # Nothing moves for it.
+    apart = [held("a", "all", "n0", 0, 4), held("b", "all", "n1", 0, 4)]
+    assert put({("all", 4): 2}, *apart, nodes=THREE, least_nodes=1).started == ()
+
+
+def test_a_gathered_pool_lies_on_as_many_nodes_as_its_redundancy_asks() -> None:
+    placed = put({("short", 4): 2, ("long", 4): 2}, nodes=THREE, least_nodes=2)
+    assert len(nodes_of(placed, "short")) == len(nodes_of(placed, "long")) == 2
+    assert len(nodes_of(placed)) == 2
+
+
 KINDS = st.dictionaries(
     st.tuples(st.sampled_from(["all", "short", "long"]), st.sampled_from([2, 4, 8])), st.integers(0, 4), max_size=5
 )
@@ -164,26 +201,33 @@ def situations(draw: st.DrawFn) -> tuple[tuple[Node, ...], tuple[HeldInstance, .
     return nodes, tuple(there)
 
 
-@given(situations(), KINDS)
+LEAST_NODES = st.sampled_from([None, 1, 2])
+
+
+@given(situations(), KINDS, LEAST_NODES)
 def test_sound_and_idempotent_from_any_situation(
-    situation: tuple[tuple[Node, ...], tuple[HeldInstance, ...]], counts: dict[tuple[str, int], int]
+    situation: tuple[tuple[Node, ...], tuple[HeldInstance, ...]],
+    counts: dict[tuple[str, int], int],
+    least_nodes: int | None,
 ) -> None:
     nodes, there = situation
-    first = put(counts, *there, nodes=nodes)
-    again = put(counts, *there, nodes=nodes, current=first.layout)
+    first = put(counts, *there, nodes=nodes, least_nodes=least_nodes)
+    again = put(counts, *there, nodes=nodes, current=first.layout, least_nodes=least_nodes)
     assert again.layout == first.layout
     usable = sum(gpu.usable for n in nodes for gpu in n.gpus)
     if all(gpu.usable for n in nodes for gpu in n.gpus) and sum(tp * n for (_, tp), n in counts.items()) <= usable:
         assert first.complete
 
 
-@given(situations(), KINDS)
+@given(situations(), KINDS, LEAST_NODES)
 def test_nothing_is_restarted_that_could_stay(
-    situation: tuple[tuple[Node, ...], tuple[HeldInstance, ...]], counts: dict[tuple[str, int], int]
+    situation: tuple[tuple[Node, ...], tuple[HeldInstance, ...]],
+    counts: dict[tuple[str, int], int],
+    least_nodes: int | None,
 ) -> None:
     nodes, there = situation
     nodes = tuple(replace(n, gpus=tuple(replace(gpu, usable=True) for gpu in n.gpus)) for n in nodes)
-    placed = put(counts, *there, nodes=nodes)
+    placed = put(counts, *there, nodes=nodes, least_nodes=least_nodes)
     widest = max((tp for (_, tp), n in counts.items() if n), default=0)
     wanted = sum(n for (_, tp), n in counts.items() if tp == widest)
     keepable = sum(h.keep and h.tp == widest for h in there)

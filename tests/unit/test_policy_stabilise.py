@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -124,3 +125,38 @@ def test_only_growth_of_a_tp_is_started() -> None:
     assert starts_needed({("all", 8): 2}, {("short", 8): 1, ("long", 8): 1}) == {}
     assert starts_needed({("all", 8): 2}, {("short", 4): 2, ("long", 8): 3}) == {4: 2, 8: 1}
     assert retirements_needed({("all", 8): 2, ("all", 4): 1}, {("short", 4): 2, ("long", 8): 1}) == {8: 1}
+
+
+def test_a_saving_smaller_than_the_error_of_the_profile_is_not_switched_for() -> None:
+    profile = synthetic_profile()
+    noisy = replace(profile, points=tuple(replace(p, repeats=3, power_sd_w=0.2 * p.power_w) for p in profile.points))
+    counts, fewer = {("all", 8): 4}, {("all", 8): 3}
+    sure, unsure = (
+        [price(fit(measured), layout, {"all": 10.0}, 32) for layout in (counts, fewer)] for measured in (profile, noisy)
+    )
+    assert [p.power_w for p in sure] == [p.power_w for p in unsure]
+    assert sure[0].error_w == 0 < unsure[0].error_w
+    taken, kept = (
+        judge(present, candidate, {}, {}, 1800.0, None, pending=False) for present, candidate in (sure, unsure)
+    )
+    assert taken.accept
+    assert (kept.accept, kept.reason) == (False, Reason.SAVING_TOO_SMALL)
+    assert kept.saving_low_j < taken.saving_low_j
+
+
+def test_hosts_that_could_be_switched_off_count_as_a_saving() -> None:
+    gpus_alone = price(FITTED, {("all", 4): 4}, {"all": 1.0}, 16)
+    with_hosts = price(FITTED, {("all", 4): 4}, {"all": 1.0}, 16, host_share_w=250.0)
+    assert with_hosts.power_w == gpus_alone.power_w
+    assert with_hosts.host_w == pytest.approx(16 * 250.0)
+    held, freed = priced(5000), priced(5000)
+    assert not verdict(held, freed).accept
+    assert verdict(replace(held, host_w=4000.0), replace(freed, host_w=2000.0)).accept
+
+
+def test_a_retirement_costs_too() -> None:
+    def judged(retire_j: float) -> Verdict:
+        return judge(priced(6000), priced(5900), {}, {}, 300.0, None, False, retired={8: 1}, retire_j={8: retire_j})
+
+    assert judged(1_000.0).accept
+    assert judged(30_000.0).reason is Reason.SAVING_TOO_SMALL

@@ -19,6 +19,7 @@ from controller.store.engine import StoreUnavailable
 from controller.store.records import (
     ActionKind,
     ActionRecord,
+    ChoiceRecord,
     DecisionOutcome,
     EnergySource,
     NodeRecord,
@@ -35,9 +36,11 @@ from controller.store.repositories import (
     count_decisions,
     energy_by_state,
     find_decision,
+    get_choice,
     get_decision,
     get_profile,
     last_plan,
+    list_choices,
     list_decisions,
     list_nodes,
     save_profile,
@@ -116,7 +119,8 @@ def test_writing_again_adds_nothing(engine: Engine) -> None:
 
 def test_the_same_numbers_of_another_term_are_other_rows(engine: Engine) -> None:
     write_records(engine, one_of_each())
-    later = [replace(record, term=2) for record in one_of_each() if not isinstance(record, NodeRecord | SavingRow)]
+    termless = NodeRecord | SavingRow | ChoiceRecord
+    later = [replace(record, term=2) for record in one_of_each() if not isinstance(record, termless)]
     assert write_records(engine, later) == len(later)
 
 
@@ -320,3 +324,16 @@ def test_switching_costs_by_size(engine: Engine) -> None:
     assert (row["kind"], row["gpus"], row["actions"], row["failed"]) == ("start_instance", 4, 3, 1)
     assert (row["mean_s"], row["worst_s"], row["gpu_seconds"]) == (40.0, 50.0, 4 * 87.0)
     assert row["mean_energy_j"] == 19_000.0
+
+
+def test_choices_come_back_newest_first_and_twice_told_counts_once(engine: Engine) -> None:
+    first = next(record for record in one_of_each() if isinstance(record, ChoiceRecord))
+    later = replace(first, number=2, chosen_at_s=first.chosen_at_s + 5, pool="long")
+    assert write_records(engine, [first, later]) == 2
+    assert write_records(engine, [later]) == 0  # a gateway tells again what it does not know to have arrived
+    assert [each.record for each in list_choices(engine)] == [later, first]
+    assert [each.record.pool for each in list_choices(engine, pool="long", since_s=first.chosen_at_s)] == ["long"]
+    found = get_choice(engine, list_choices(engine)[1].id)
+    assert found is not None
+    assert found.record == first
+    assert get_choice(engine, 99) is None

@@ -11,8 +11,16 @@ import pytest
 from sqlalchemy import Engine, inspect
 
 from controller.domain.gpu_state import GpuState
-from controller.domain.reasons import Level
-from controller.store.records import ActionKind, ActionRecord, DecisionOutcome, LoadRow, SloRow, TelemetryRow
+from controller.domain.reasons import Level, Reason
+from controller.store.records import (
+    ActionKind,
+    ActionRecord,
+    ChoiceRecord,
+    DecisionOutcome,
+    LoadRow,
+    SloRow,
+    TelemetryRow,
+)
 from controller.store.repositories import write_records
 from tests.store_suite import NOON_S, decision, one_of_each, sqlite_url, upgraded_engine
 
@@ -38,6 +46,7 @@ def engine(database_url: str) -> Iterator[Engine]:
 def history(engine: Engine) -> Engine:
     """Two hours of a small fleet: a second, quieter hour with a parked GPU, a failure and a missed SLO."""
     _, outcome, start, telemetry, load, slo, *_ = one_of_each()
+    choice = next(each for each in one_of_each() if isinstance(each, ChoiceRecord))
     assert isinstance(outcome, DecisionOutcome)
     assert isinstance(start, ActionRecord)
     assert isinstance(telemetry, TelemetryRow)
@@ -50,6 +59,7 @@ def history(engine: Engine) -> Engine:
             *one_of_each(),
             decision(2, level=Level.INSTANCE, predicted_power_w=1000.0, solver=None),
             replace(outcome, number=2, power_w=1100.0),
+            decision(3, reason=Reason.POWER_BUDGET, predicted_power_w=None, solver=None),
             replace(start, effect_id="e2", ok=False, detail="GPU-b is held by process 77", started_at_s=later_s),
             replace(start, effect_id="e3", kind=ActionKind.APPLY_CLOCKS, ok=False, detail="GPU is lost"),
             replace(telemetry, gpu_uuid="GPU-b", state=GpuState.IDLE, energy_j=6_000.0, mean_sm_mhz=990.0),
@@ -57,6 +67,7 @@ def history(engine: Engine) -> Engine:
             replace(telemetry, window_start_s=later_s, gpu_uuid="GPU-b", energy_j=None),
             replace(load, window_start_s=later_s, completed=27, output_tokens=2_700),
             replace(slo, window_start_s=later_s, requests=27, in_slo=20),
+            replace(choice, number=2, pool="long", decided_by="spilled", queue_ms=80.4, speaks_for=3000),
         ],
     )
     return engine
@@ -145,3 +156,15 @@ def test_empty_nodes(history: Engine) -> None:
 def test_replayable_span(history: Engine) -> None:
     (found,) = ask(history, "From when on can decisions be replayed?")
     assert (found["term"], found["frames"], found["frames_expected"]) == (1, 1, 1)
+
+
+def test_shares_of_choices_are_of_all_requests_not_of_the_sample(history: Engine) -> None:
+    most, least = ask(history, "What decides where requests go, by pool?")
+    assert (most["pool"], most["decided_by"], most["choices"], most["share"]) == ("long", "spilled", 3000, 0.75)
+    assert (least["decided_by"], least["share"], least["mean_queue_ms"]) == ("load", 0.25, pytest.approx(0.4))
+
+
+def test_choices_out_of_their_pool(history: Engine) -> None:
+    (found,) = ask(history, "Which requests left their own pool, or waited for room?")
+    assert (found["pool"], found["queue_ms"]) == ("long", 80.4)
+    assert '"lost_by":"load"' in str(found["alternatives"])

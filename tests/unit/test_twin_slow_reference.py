@@ -20,14 +20,16 @@ from tests.slow_reference import CHUNK_TOKENS, Column, least_power_w, serve
 from tests.synthetic_profile import synthetic_profile
 
 PARKED_W = 72.0
-PHYSICS = {"base": Physics.load(), "legacy": Physics.load(legacy=True)}
+PHYSICS = {name: Physics.from_text(name) for name in ("base", "base+legacy", "base+prefill-first")}
 
 # instances, TP, MHz, requests/s of all, seconds, variant
 CASES = [
     (3, 8, 1980, 12.0, 90.0, "base"),
     (2, 4, 1200, 4.0, 120.0, "base"),
-    (2, 4, 1980, 3.0, 120.0, "legacy"),
+    (2, 4, 1980, 3.0, 120.0, "base+legacy"),
     (2, 2, 1980, 6.0, 60.0, "base"),  # little room for context: preemptions and queues
+    (3, 8, 1980, 12.0, 90.0, "base+prefill-first"),
+    (2, 2, 1980, 6.0, 60.0, "base+prefill-first"),
 ]
 
 

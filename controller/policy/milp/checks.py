@@ -27,9 +27,16 @@ def _fault_in_values(problem: PlanProblem) -> str:
         return "no partition of the classes into pools was given"
     if problem.gpus < 0 or problem.gpus_per_node < 1:
         return f"{problem.gpus} GPUs in nodes of {problem.gpus_per_node}: neither can be"
-    for name, value in (("parked_w", problem.parked_w), ("gap", problem.gap), ("node_limit", problem.node_limit)):
+    for name, value in (
+        ("parked_w", problem.parked_w),
+        ("host_share_w", problem.host_share_w),
+        ("gap", problem.gap),
+        ("node_limit", problem.node_limit),
+    ):
         if not (isfinite(value) and value >= 0):
             return f"{name} is {value}: a finite number of 0 or more is needed"
+    if problem.budget_w is not None and not (isfinite(problem.budget_w) and isfinite(problem.cap_floor_w)):
+        return f"budget_w is {problem.budget_w}, cap_floor_w {problem.cap_floor_w}: finite numbers are needed"
     for name, value in (("horizon_s", problem.horizon_s), ("time_limit_s", problem.time_limit_s)):
         if not (isfinite(value) and value > 0):
             return f"{name} is {value}: a finite number above 0 is needed"
@@ -74,6 +81,8 @@ def why_infeasible(problem: PlanProblem, partition: tuple[PoolDemand, ...]) -> s
         need += max(by_rate, demand.min_instances * min(c.tp for c in kinds))
     if need > problem.gpus:
         return f"needs at least {need} GPUs, {problem.gpus} are there"
+    if problem.budget_w is not None:
+        return f"does not fit {problem.gpus} GPUs within {problem.budget_w:.0f} W"
     return f"does not fit {problem.gpus} GPUs in nodes of {problem.gpus_per_node} as whole instances"
 
 
@@ -92,10 +101,23 @@ def violation(problem: PlanProblem, partition: tuple[PoolDemand, ...], used: lis
             return f"answer does not carry the demand of pool {demand.pool}"
         if sum(n for _, n in mine) < demand.min_instances:
             return f"answer has too few instances of pool {demand.pool}"
+    if problem.budget_w is not None and caps_w(problem, used) > problem.budget_w * (1 + TOLERANCE) + TOLERANCE:
+        return f"answer needs caps of {caps_w(problem, used):.0f} W in all, the budget is {problem.budget_w:.0f} W"
     for tp, most in packing(problem, {c.tp for c, _ in used}).items():
         if sum(n * c.tp // tp for c, n in used if c.tp % tp == 0) > most:
             return f"answer does not fit its TP{tp} groups into the nodes"
     return ""
+
+
+def cap_w(problem: PlanProblem, column: Column) -> float:
+    """What the caps of one instance's GPUs must add up to."""
+    return max(column.power_w, column.tp * problem.cap_floor_w)
+
+
+def caps_w(problem: PlanProblem, used: list[tuple[Column, int]]) -> float:
+    """What the caps of all GPUs, empty ones too, must add up to."""
+    empty = problem.gpus - sum(n * c.tp for c, n in used)
+    return sum(n * cap_w(problem, c) for c, n in used) + empty * problem.cap_floor_w
 
 
 def tops(problem: PlanProblem, pool: str) -> dict[int, float]:

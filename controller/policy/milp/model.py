@@ -10,6 +10,7 @@ Answers are recomputed and checked against the problem here, whatever the solver
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,8 +20,28 @@ from typing import Any, NamedTuple
 
 import pulp
 
-from controller.policy.milp.checks import TOLERANCE, by_tp, fault, packing, switch_w, tops, violation, why_infeasible
-from controller.policy.milp.problem import Column, PartitionResult, PlanProblem, PlanSolution, PoolDemand
+from controller.policy.milp.budget import within_budget
+from controller.policy.milp.checks import (
+    TOLERANCE,
+    by_tp,
+    cap_w,
+    fault,
+    packing,
+    switch_w,
+    tops,
+    violation,
+    why_infeasible,
+)
+from controller.policy.milp.prices import GPUS, demand_names, shadow_prices
+from controller.policy.milp.problem import (
+    Column,
+    PartitionResult,
+    PlanProblem,
+    PlanSolution,
+    PoolDemand,
+    ShadowPrices,
+    Way,
+)
 from controller.policy.milp.tables import ROOMS, Room, Tabulated, tabulate
 
 HIGHS = "highs"
@@ -38,6 +59,12 @@ def solve(problem: PlanProblem, solver: str | None = None, milp_only: bool = Fal
     if wrong:
         pools = [tuple(demand.pool for demand in partition) for partition in problem.partitions] or [()]
         return PlanSolution(problem.problem_id, solver, None, tuple(_failed(p, "error", wrong) for p in pools))
+    if problem.budget_w is not None:
+        return within_budget(problem, partial(_solve, solver=solver, milp_only=True))
+    return _solve(problem, solver, milp_only)
+
+
+def _solve(problem: PlanProblem, solver: str, milp_only: bool) -> PlanSolution:
     results = [_solve_partition(problem, partition, solver, milp_only) for partition in problem.partitions]
     feasible = [r for r in results if r.status in ("optimal", "feasible")]
     if not feasible:
@@ -45,7 +72,21 @@ def solve(problem: PlanProblem, solver: str | None = None, milp_only: bool = Fal
     # Of equals the one with fewer pools: it strands fewer GPUs when the load moves.
     chosen = min(feasible, key=lambda r: (r.objective_w, len(r.pools)))
     rejected = tuple(_explain(r, chosen) for r in results if r is not chosen)
-    return PlanSolution(problem.problem_id, solver, chosen, rejected)
+    return PlanSolution(problem.problem_id, solver, replace(chosen, prices=_prices(problem, chosen, solver)), rejected)
+
+
+def _prices(problem: PlanProblem, chosen: PartitionResult, solver: str) -> ShadowPrices | None:
+    """From the relaxation of the chosen partition; None where the solver does not tell them (or fails at it)."""
+    partition = next(p for p in problem.partitions if tuple(demand.pool for demand in p) == chosen.pools)
+    model = build(problem, partition, keep_current=False, whole=False)
+    try:
+        _run(model.lp, problem, solver)
+    except Exception:  # a plan stands without its prices
+        return None
+    duals = {constraint.name: constraint.pi for constraint in model.lp.constraints()}
+    if any(value is None for value in duals.values()):
+        return None
+    return shadow_prices(partition, {name: float(value) for name, value in duals.items()}, problem.parked_w)
 
 
 def default_solver() -> str:
@@ -94,7 +135,7 @@ def _solve_once(
     except Exception as error:  # a solver's failure of any kind must not stop control; it is reported as such
         return _failed(pools, "error", f"{solver} failed: {type(error).__name__}: {error}")
     used = [(c, round(v.value() or 0.0)) for c, v in model.counts]
-    return _result(problem, partition, used, bound_w + model.constant_w, limited, began_s)
+    return _result(problem, partition, used, bound_w + model.constant_w, limited, began_s, Way.MILP)
 
 
 def _result(
@@ -104,6 +145,7 @@ def _result(
     bound_w: float,
     limited: bool,
     began_s: float,
+    way: Way,
 ) -> PartitionResult:
     """An answer as a result: recomputed, and an error where it breaks a constraint."""
     pools = tuple(demand.pool for demand in partition)
@@ -116,7 +158,7 @@ def _result(
         counts[column.pool, column.tp] += n
     gpus = sum(n * c.tp for c, n in used)
     power_w = sum(n * c.power_w for c, n in used) + problem.parked_w * (problem.gpus - gpus)
-    objective_w = power_w + switch_w(problem, counts)
+    objective_w = power_w + problem.host_share_w * gpus + switch_w(problem, counts)
     bound_w = max(0.0, min(bound_w, objective_w))  # power is never negative: 0 W always bounds it
     gap = (objective_w - bound_w) / objective_w if objective_w > 0 else 0.0
     return PartitionResult(
@@ -129,6 +171,7 @@ def _result(
         solve_ms=(perf_counter() - began_s) * 1000,
         counts=dict(sorted(counts.items())),
         used=tuple(used),
+        way=way,
     )
 
 
@@ -147,16 +190,16 @@ def _shortcut(
     problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str, keep_current: bool, began_s: float
 ) -> PartitionResult | None:
     """A plan without branching, where one of the ways proves the asked gap. Raises what `_run` raises."""
-    ways = []
+    ways: list[tuple[Way, Callable[[], Tabulated | None]]] = []
     if problem.gap >= LEAST_GAP_OF_TABLES and len(partition) >= LEAST_POOLS_OF_TABLES:
         alone = replace(problem, partitions=(partition,))
-        ways += [partial(_by_tables, alone, keep_current, room) for room in ROOMS]
+        ways += [(Way.TABLES, partial(_by_tables, alone, keep_current, room)) for room in ROOMS]
     if problem.gpus >= ROUND_FROM_GPUS:
-        ways.append(partial(_by_rounding, problem, partition, solver, keep_current))
-    for way in ways:
-        found = way()
+        ways.append((Way.ROUNDED, partial(_by_rounding, problem, partition, solver, keep_current)))
+    for way, find in ways:
+        found = find()
         if found is not None:
-            result = _result(problem, partition, found.used, found.bound_w, False, began_s)
+            result = _result(problem, partition, found.used, found.bound_w, False, began_s, way)
             if result.status == "optimal" and result.gap <= problem.gap:
                 return result
     return None
@@ -243,19 +286,26 @@ def build(problem: PlanProblem, partition: tuple[PoolDemand, ...], keep_current:
     retires = {tp: lp.add_variable(f"retire{tp}", lowBound=0) for tp in sorted(tps) if problem.retire_j.get(tp)}
     lp.setObjective(
         _sum(
-            *((n, c.power_w - c.tp * problem.parked_w) for c, n in counts),
+            *((n, c.power_w - c.tp * problem.freed_w) for c, n in counts),
             *((started, problem.start_j[tp] / problem.horizon_s) for tp, started in starts.items()),
             *((retired, problem.retire_j[tp] / problem.horizon_s) for tp, retired in retires.items()),
         )
     )
     of_tp = {tp: [(n, 1) for c, n in counts if c.tp == tp] for tp in sorted(tps)}
-    lp.addConstraint(_sum(*((n, c.tp) for c, n in counts)) <= problem.gpus)
-    for demand in partition:
-        mine = [(c, n) for c, n in counts if c.pool == demand.pool]
-        lp.addConstraint(_sum(*((n, c.rate_rps) for c, n in mine)) >= demand.priced_rps)
+    lp.addConstraint(_sum(*((n, c.tp) for c, n in counts)) <= problem.gpus, GPUS)
+    if problem.budget_w is not None:
+        over = [(n, cap_w(problem, c) - c.tp * problem.cap_floor_w) for c, n in counts]
+        lp.addConstraint(_sum(*over) <= problem.budget_w - problem.gpus * problem.cap_floor_w)
+    of_pool: dict[str, list[tuple[Column, Any]]] = {demand.pool: [] for demand in partition}
+    for c, n in counts:
+        of_pool[c.pool].append((c, n))
+    for number, demand in enumerate(partition):
+        mine = of_pool[demand.pool]
+        priced, carried = demand_names(number)
+        lp.addConstraint(_sum(*((n, c.rate_rps) for c, n in mine)) >= demand.priced_rps, priced)
         if demand.priced_rps < demand.rate_rps:
-            largest = tops(problem, demand.pool)
-            lp.addConstraint(_sum(*((n, largest[c.tp]) for c, n in mine)) >= demand.rate_rps)
+            largest = {tp: max(c.rate_rps for c, _ in mine if c.tp == tp) for tp in {c.tp for c, _ in mine}}
+            lp.addConstraint(_sum(*((n, largest[c.tp]) for c, n in mine)) >= demand.rate_rps, carried)
         lp.addConstraint(_sum(*((n, 1) for _, n in mine)) >= demand.min_instances)
     for tp, most in packing(problem, tps).items():
         lp.addConstraint(_sum(*((n, c.tp // tp) for c, n in counts if c.tp % tp == 0)) <= most)

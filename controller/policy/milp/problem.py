@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,13 @@ class PlanProblem:
     so per tp only what exceeds it in all pays `start_j[tp]`, and only what falls short of it pays `retire_j[tp]`
     (what an instance draws from its last use to its end). With `keep_current` none retires where a plan without
     that exists: for when capacity is short, since what must first make room serves nothing meanwhile.
+
+    Where empty hosts are switched off, every GPU that an instance holds costs `host_share_w` besides: its share of the
+    host. It weighs in the objective and is no part of a result's `power_w`, which is that of the GPUs.
+
+    `budget_w` bounds what the GPUs' power caps must add up to: an instance needs a cap for what it draws, and no GPU,
+    empty ones neither, can be capped below `cap_floor_w`. Where the whole demand does not fit, the largest share of it
+    that does is planned for (milp/budget.py).
     Limits are deterministic (nodes and gap); `time_limit_s` is the last resort.
     """
 
@@ -62,9 +70,40 @@ class PlanProblem:
     start_j: Mapping[int, float] = field(default_factory=dict)
     retire_j: Mapping[int, float] = field(default_factory=dict)
     keep_current: bool = False
+    host_share_w: float = 0.0
+    budget_w: float | None = None
+    cap_floor_w: float = 0.0
     gap: float = 0.005
     node_limit: int = 20_000
     time_limit_s: float = 10.0
+
+    @property
+    def freed_w(self) -> float:
+        """What remains of a GPU's cost when no instance holds it, its host's share taken off; may be negative."""
+        return self.parked_w - self.host_share_w
+
+
+class Way(StrEnum):
+    """How a partition was solved."""
+
+    MILP = "milp"
+    TABLES = "tables"
+    ROUNDED = "lp+neighbourhood"  # the relaxation, and whole instances around its fractions
+    NONE = ""  # no answer
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowPrices:
+    """At the margin of a plan (milp/prices.py)."""
+
+    # By pool: watts for one equivalent request/s more. 0: what stands there in any case serves it.
+    w_per_rps: Mapping[str, float]
+    gpu_saves_w: float  # what one GPU more would save; negative: it would only draw its parked watts
+
+    def more_rps(self, pool: str, watts: float) -> float | None:
+        """Equivalent requests/s of a pool that so many watts more would serve; None where load costs nothing."""
+        each = self.w_per_rps.get(pool, 0.0)
+        return watts / each if each > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +120,8 @@ class PartitionResult:
     counts: Mapping[tuple[str, int], int]
     used: tuple[tuple[Column, int], ...]
     reason: str = ""
+    way: Way = Way.NONE
+    prices: ShadowPrices | None = None  # of the chosen one
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +132,4 @@ class PlanSolution:
     solver: str
     chosen: PartitionResult | None
     rejected: tuple[PartitionResult, ...]
+    served_share: float = 1.0  # of the demand that was planned for; less only under a budget

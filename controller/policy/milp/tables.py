@@ -96,7 +96,7 @@ def tabulate(
 class _Pool(NamedTuple):
     demand: PoolDemand
     columns: list[Column]
-    parked_w: float
+    freed_w: float
     room: int  # GPUs up to which the table goes
     vectors: Ints  # [vector, tp]: counts
     watts: Floats  # least power of each over the same GPUs parked, by the rounding in favour
@@ -121,7 +121,7 @@ def _pool(
     rows[0, 0] = 0.0
     vectors = np.zeros((1, len(tps)), dtype=np.int64)
     for i, tp in enumerate(tps):
-        steps = _steps(demand, columns, tp, problem.parked_w, BOUND_CELLS, in_favour=True)
+        steps = _steps(demand, columns, tp, problem.freed_w, BOUND_CELLS, in_favour=True)
         layers, their_vectors = [rows], [vectors]
         while steps:
             fits = their_vectors[-1] @ np.array(tps) + tp <= room
@@ -139,7 +139,7 @@ def _pool(
     )
     if not carries.any():
         return None
-    return _Pool(demand, columns, problem.parked_w, room, vectors[carries], rows[carries, -1])
+    return _Pool(demand, columns, problem.freed_w, room, vectors[carries], rows[carries, -1])
 
 
 def _vectors_within(gpus: int, tps: Sequence[int]) -> int:
@@ -168,7 +168,7 @@ def _needed_rps(demand: PoolDemand) -> float:
 
 
 def _steps(
-    demand: PoolDemand, columns: Sequence[Column], tp: int, parked_w: float, cells: int, in_favour: bool
+    demand: PoolDemand, columns: Sequence[Column], tp: int, freed_w: float, cells: int, in_favour: bool
 ) -> list[_Step]:
     """The columns of one tp in cells, without those that another one beats."""
     cells = _cells(demand, cells)
@@ -179,7 +179,7 @@ def _steps(
             continue
         carried = min(float(cells), column.rate_rps / needed_rps * cells) if cells else 0.0
         rounded = ceil(carried) if in_favour else floor(carried * (1 + 1e-12))
-        steps.append(_Step(rounded, column.power_w - tp * parked_w, column))
+        steps.append(_Step(rounded, column.power_w - tp * freed_w, column))
     kept: list[_Step] = []
     for step in sorted(steps, key=lambda s: (-s.cells, s.watts)):
         if not kept or step.watts < kept[-1].watts:
@@ -206,7 +206,7 @@ def _plan(pool: _Pool, tps: list[int], counts: Ints) -> tuple[list[tuple[Column,
     row[0, 0] = 0.0
     added: list[tuple[list[_Step], Floats]] = []  # the choice of each instance, and the row before it
     for tp, count in zip(tps, counts.tolist(), strict=True):
-        steps = _steps(pool.demand, pool.columns, tp, pool.parked_w, PLAN_CELLS, in_favour=False)
+        steps = _steps(pool.demand, pool.columns, tp, pool.freed_w, PLAN_CELLS, in_favour=False)
         for _ in range(count):
             added.append((steps, row))
             row = _with_one_more(row, steps)
@@ -371,7 +371,7 @@ def _beyond_one(pool: _Pool, gpus: int, prices: Mapping[int, float]) -> float:
         return inf  # its table holds every plan
     rate = np.array([c.rate_rps for c in pool.columns])
     widths = np.array([c.tp for c in pool.columns])
-    watts = np.array([c.power_w - c.tp * pool.parked_w + prices[c.tp] for c in pool.columns])
+    watts = np.array([c.power_w - c.tp * pool.freed_w + prices[c.tp] for c in pool.columns])
     needed_rps = max(0.0, _needed_rps(pool.demand))
     dearest = float((watts[rate > 0] / rate[rate > 0]).max(initial=0.0))
     load_prices = np.linspace(0.0, max(0.0, dearest), 64)

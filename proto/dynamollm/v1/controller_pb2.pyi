@@ -54,6 +54,8 @@ class _FreshnessEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Freshness.V
     FRESHNESS_FRESH: _Freshness.ValueType  # 1
     FRESHNESS_STALE: _Freshness.ValueType  # 2
     FRESHNESS_LOST: _Freshness.ValueType  # 3
+    FRESHNESS_OFF: _Freshness.ValueType  # 4
+    """Turned off by the provisioner, or on its way there or back."""
 
 class Freshness(_Freshness, metaclass=_FreshnessEnumTypeWrapper): ...
 
@@ -61,6 +63,8 @@ FRESHNESS_UNSPECIFIED: Freshness.ValueType  # 0
 FRESHNESS_FRESH: Freshness.ValueType  # 1
 FRESHNESS_STALE: Freshness.ValueType  # 2
 FRESHNESS_LOST: Freshness.ValueType  # 3
+FRESHNESS_OFF: Freshness.ValueType  # 4
+"""Turned off by the provisioner, or on its way there or back."""
 Global___Freshness: _TypeAlias = Freshness  # noqa: Y015
 
 class _EmergencyStage:
@@ -795,6 +799,7 @@ class PoolStatus(_message.Message):
     CAPACITY_RATE_FIELD_NUMBER: _builtins.int
     SLO_ATTAINMENT_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
+    EMERGENCY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     model: _builtins.str
     granted_gpus: _builtins.int
@@ -807,6 +812,8 @@ class PoolStatus(_message.Message):
     slo_attainment: _builtins.float
     """Share of the requests that ended in the last minutes that were in SLO. Absent while none ended."""
     queued: _builtins.int
+    emergency: Global___EmergencyStage.ValueType
+    """Of its emergency ladder; unspecified while no deadline is at risk."""
     @_builtins.property
     def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -826,10 +833,11 @@ class PoolStatus(_message.Message):
         capacity_rate: _builtins.float = ...,
         slo_attainment: _builtins.float | None = ...,
         queued: _builtins.int = ...,
+        emergency: Global___EmergencyStage.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_slo_attainment", b"_slo_attainment", "power_w", b"power_w", "slo_attainment", b"slo_attainment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_slo_attainment", b"_slo_attainment", "capacity_rate", b"capacity_rate", "classes", b"classes", "granted_gpus", b"granted_gpus", "instances", b"instances", "mode", b"mode", "model", b"model", "name", b"name", "planned_rate", b"planned_rate", "power_w", b"power_w", "queued", b"queued", "request_rate", b"request_rate", "slo_attainment", b"slo_attainment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_power_w", b"_power_w", "_slo_attainment", b"_slo_attainment", "capacity_rate", b"capacity_rate", "classes", b"classes", "emergency", b"emergency", "granted_gpus", b"granted_gpus", "instances", b"instances", "mode", b"mode", "model", b"model", "name", b"name", "planned_rate", b"planned_rate", "power_w", b"power_w", "queued", b"queued", "request_rate", b"request_rate", "slo_attainment", b"slo_attainment"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
     _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015

@@ -1,0 +1,13 @@
+"""What a request adds to an instance's load: the one measure that gateways, calibration and the twin share."""
+
+from __future__ import annotations
+
+# Prompt tokens that still wait for their first answer weigh as requests in flight do where both use up the SLO alike:
+# about 5,000 of them (50 us each on a TP8 instance of a 70B model) are the 250 ms of a short prompt's first token, and
+# about 50 requests in the batch are the knee at which the time between tokens ends the capacity.
+PROMPT_TOKENS_PER_REQUEST = 100.0
+
+
+def load_of(held: int, pending_tokens: int) -> float:
+    """Load of an instance in requests, with the next one counted, so that of two empty ones the larger is taken."""
+    return held + 1 + pending_tokens / PROMPT_TOKENS_PER_REQUEST
