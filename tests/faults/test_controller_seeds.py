@@ -22,7 +22,7 @@ SEEDS = 50
 SOON_FOUND = (
     "an agent that does not check the term",
     "a lock that is sent when it changes and never renewed",
-    "capacity dropped before its replacement is ready",
+    "a drain before the routing",
     "a stop without proof that it is empty",
 )
 
