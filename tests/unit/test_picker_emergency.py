@@ -19,7 +19,7 @@ from simulator.host.vllm_protocol import ApiError, parse
 from tests.gateway_stand_ins import MODEL
 from tests.unit.test_gateway_brain import brain
 from tests.unit.test_gateway_dispatcher import ALL, instance, pool, table
-from tests.unit.test_gateway_ladder import order
+from tests.unit.test_gateway_emergency import order
 
 
 async def desk_with(stage: Stage | None, *, room: int = 8, **picker: Any) -> Desk:
