@@ -46,6 +46,7 @@ WHY: Mapping[Reason, str] = {
     Reason.BUDGET_ENDED: "the power budget has ended",
     Reason.NODE_ON: "more nodes are needed",
     Reason.NODE_OFF: "the node was not needed for as long as going off and coming back costs",
+    Reason.NODE_REFUSES: "the starts of a node fail again and again",
     Reason.NODE_HOOK_FAILED: "a node could not be turned on or off",
     Reason.DEADLINES_AT_RISK: "requests that wait for its pool were about to miss their deadlines",
     Reason.DEADLINES_SAFE: "no waiting request was about to miss its deadline any more",

@@ -33,6 +33,7 @@ class Reason(StrEnum):
     SOLVER_FAILED = "solver_failed"  # no feasible plan: the last one is kept, or SinglePool
     NO_CAPACITY = "no_capacity"  # even the whole fleet cannot carry the forecast in SLO
     NODE_LOST = "node_lost"
+    NODE_REFUSES = "node_refuses"  # its starts fail again and again: nothing new is placed there for a while
     # the profile in use (loop/profile_in_use.py)
     PROFILE_CORRECTED = "profile_corrected"  # live power differs from it, or does no longer: predictions follow
     PROFILE_DRIFTED = "profile_drifted"  # live power differs from it so much that it must be measured again

@@ -21,7 +21,7 @@ from controller.fleet.port import (
     NodeSeen,
     Tick,
 )
-from controller.loop import budget, cluster, instance, modes, pool, provision
+from controller.loop import budget, cluster, instance, modes, pool, provision, refusing
 from controller.loop.load import LoadBook
 from controller.loop.orders import CorrectProfile, NoteEngines, NotePower, Order, PlanNow, SetMode, SetPowerBudget
 from controller.loop.profile_in_use import columns_of, correct, curves_of, note_engines
@@ -140,6 +140,8 @@ class Core:
             if budget.tick(turn):
                 self._plan_now(turn, "budget")
             provision.tick(turn)
+            if refusing.due(turn):
+                self._plan_now(turn, "node_tried_again")
             if state.pools and self._lost_wanted(turn):
                 cluster.tick(turn, "node_lost")
             instance.tick(turn)
@@ -192,6 +194,8 @@ class Core:
                 state.failures[acted.instance_id] = state.failures.get(acted.instance_id, 0) + 1
             elif acted.kind == "drain":
                 state.draining.discard(acted.instance_id)
+        if acted is not None and acted.kind == "start" and refusing.answered(turn, acted.node_id, done.ok, done.detail):
+            self._plan_now(turn, "node_refuses")
         pending = state.solving.pop(done.effect_id, None)
         if pending is None or done.solution is None:
             return

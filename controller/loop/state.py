@@ -109,6 +109,14 @@ class PoweredNode:
     effect_id: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Refusing:
+    """A node's starts that failed in a row, and until when nothing new is placed there."""
+
+    failed: int = 0
+    until_s: float = float("-inf")
+
+
 @dataclass(slots=True)
 class ActingStep:
     """A start, drain or stop that was sent out. `done` once the node has answered; it stays until the node's next
@@ -156,6 +164,7 @@ class State:
     # The layout was changed because the one before could not carry the demand: it may be reached through a gap.
     layout_forced: bool = False
     failures: dict[str, int] = field(default_factory=dict)
+    refusing: dict[str, Refusing] = field(default_factory=dict)  # by node
     clocks: dict[str, ChosenClock] = field(default_factory=dict)
     measured_start_s: dict[int, float] = field(default_factory=dict)  # by tp, the longest seen
     routing: RoutingTable | None = None
@@ -235,7 +244,9 @@ class State:
                 if instance.state is InstanceState.QUARANTINED
                 for uuid in instance.gpu_uuids
             }
-            if f"{NODE_PREFIX}{node.node_id}" in self.modes:  # nothing new is begun there
+            refusing = self.refusing.get(node.node_id)
+            if f"{NODE_PREFIX}{node.node_id}" in self.modes or (refusing is not None and now_s < refusing.until_s):
+                # Nothing new is begun there.
                 bad |= {gpu.uuid for gpu in node.gpus} - {uuid for i in node.instances for uuid in i.gpu_uuids}
             gpus = tuple(
                 Gpu(gpu.uuid, gpu.index, usable=gpu.healthy and gpu.uuid not in bad)
