@@ -20,6 +20,7 @@ from controller.policy.idle import LONE_SHARE, keep_s
 from controller.policy.milp.problem import PartitionResult, PlanProblem, PlanSolution, PoolDemand
 from controller.policy.placement import HeldInstance, Placed, place
 from controller.policy.stabilise import LayoutPrice, Verdict, price, starts_needed
+from controller.policy.transition import can_roll
 
 # A peak of the load is its mean over this long.
 PEAK_S = 60.0
@@ -393,15 +394,19 @@ def wanted_counts(state: State) -> dict[tuple[str, int], int]:
 def reachable(state: State, now: Instant, counts: Mapping[tuple[str, int], int], demand: Mapping[str, float]) -> bool:
     """Can `counts` be reached while `demand` is carried all the way?
 
-    Yes when everything new fits beside everything that is there, or when what stays carries the demand alone.
+    Yes when everything new fits beside everything that is there, or when what stays carries the demand alone, or one
+    instance after the other makes room for new ones and the rest carries the demand each time.
     """
     held = sum(held.tp for held in _held(state, now))
     present = state.layout.counts()
     new = sum(tp * n for tp, n in starts_needed(present, counts).items())
-    if held + new <= state.usable_gpus(now.monotonic_s):
+    usable = state.usable_gpus(now.monotonic_s)
+    if held + new <= usable:
         return True
     kept = {key: min(n, present.get(key, 0)) for key, n in counts.items()}
-    return price(state.fit, kept, demand, state.usable_gpus(now.monotonic_s)).carries
+    if price(state.fit, kept, demand, usable).carries:
+        return True
+    return can_roll(present, counts, usable - held, lambda serving: price(state.fit, serving, demand, usable).carries)
 
 
 def transition_pending(state: State, pool: str | None = None) -> bool:

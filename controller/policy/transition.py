@@ -8,7 +8,7 @@ unless no GPU is free. A change of pool label counts as a step, since it takes c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -76,6 +76,35 @@ class _Move:
 
     of: _Kind | None
     to: _Kind | None
+
+
+def can_roll(
+    present: Mapping[_Kind, int],
+    wanted: Mapping[_Kind, int],
+    free_gpus: int,
+    carries: Callable[[Mapping[_Kind, int]], bool],
+) -> bool:
+    """Whether `wanted` instances by (pool, tp) can be reached from `present` ones without a gap: what fits beside the
+    others starts, then one instance after the other makes room, and the rest `carries` the demand each time.
+
+    How GPUs lie on hosts is left out: two freed TP4 of different hosts make no TP8. Then the way is longer, not wrong:
+    `next_steps` never lets go of what the demand needs.
+    """
+    there, free = Counter(present), free_gpus
+    while missing := Counter(wanted) - there:
+        fitting = [kind for kind in missing if kind[1] <= free]
+        if fitting:
+            widest = max(fitting, key=lambda kind: (kind[1], kind))
+            there[widest] += 1
+            free -= widest[1]
+            continue
+        spare = there - Counter(wanted)
+        goes = [kind for kind in sorted(spare, key=lambda kind: (kind[1], kind)) if carries(there - Counter([kind]))]
+        if not goes:
+            return False
+        there -= Counter([goes[0]])
+        free += goes[0][1]
+    return True
 
 
 @dataclass(frozen=True, slots=True)

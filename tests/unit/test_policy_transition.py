@@ -23,6 +23,7 @@ from controller.policy.transition import (
     StepKind,
     Transition,
     TransitionSettings,
+    can_roll,
     next_steps,
     shortfall_rps,
     standing_layout,
@@ -376,3 +377,43 @@ def test_a_restart_of_the_caller_at_any_tick_changes_nothing() -> None:
             break
     assert world.worst_rps == 0
     assert {i.pool for i in world.instances.values()} == {"short", "long"}
+
+
+CARRIED = {("a", 8): 8.0, ("a", 4): 4.5, ("a", 2): 2.0}
+
+
+class TestCanRoll:
+    def can(
+        self, present: dict[tuple[str, int], int], wanted: dict[tuple[str, int], int], free: int, load: float
+    ) -> bool:
+        def carries(there: Mapping[tuple[str, int], int]) -> bool:
+            return sum(CARRIED[kind] * n for kind, n in there.items()) >= load
+
+        return can_roll(present, wanted, free, carries)
+
+    def test_one_after_the_other_while_the_rest_carries_the_load(self) -> None:
+        assert self.can({("a", 8): 4}, {("a", 4): 8}, 0, 24.0)
+        assert not self.can({("a", 8): 4}, {("a", 4): 8}, 0, 24.5)  # not even the first may go
+
+    def test_what_fits_beside_the_others_comes_first(self) -> None:
+        assert self.can({("a", 8): 1}, {("a", 4): 2}, 8, 8.0)
+        assert not self.can({("a", 8): 1}, {("a", 4): 2}, 0, 8.0)
+
+    def test_the_end_is_reached_and_nothing_goes_for_nothing(self) -> None:
+        assert self.can({("a", 8): 2}, {("a", 8): 2}, 0, 16.0)
+        assert self.can({("a", 8): 2}, {("a", 8): 1}, 0, 16.0)  # nothing new is needed: the way down is next_steps' own
+
+    @given(
+        st.dictionaries(st.sampled_from(sorted(CARRIED)), st.integers(0, 4)),
+        st.dictionaries(st.sampled_from(sorted(CARRIED)), st.integers(0, 4)),
+        st.integers(0, 16),
+    )
+    def test_it_always_ends_and_without_load_gpus_decide(
+        self, present: dict[tuple[str, int], int], wanted: dict[tuple[str, int], int], free: int
+    ) -> None:
+        gpus = free + sum(tp * n for (_, tp), n in present.items())
+        assert self.can(present, wanted, free, 0.0) == (gpus >= _gpus_needed(present, wanted))
+
+
+def _gpus_needed(present: Mapping[tuple[str, int], int], wanted: Mapping[tuple[str, int], int]) -> int:
+    return sum(tp * n for (_, tp), n in wanted.items()) if Counter(wanted) - Counter(present) else 0
