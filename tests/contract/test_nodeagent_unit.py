@@ -124,6 +124,9 @@ class TestInstaller:
             "usr/bin/dynamollm-nodeagent",
             "usr/lib/sysusers.d/dynamollm.conf",
             "usr/lib/tmpfiles.d/dynamollm.conf",
+            "usr/share/doc/dynamollm-nodeagent/grpc.md",
+            "usr/share/doc/dynamollm-nodeagent/node-agent.md",
+            "usr/share/doc/dynamollm-nodeagent/operations.md",
             "usr/share/dynamollm/nodeagent.toml",
         ]
         config = tmp_path / "etc/dynamollm/nodeagent.toml"
