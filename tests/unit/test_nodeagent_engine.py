@@ -364,6 +364,8 @@ class TestReadAhead:
         reader = ReadAhead(tmp_path, 10 << 20)
         reader.join(20)
         assert reader.progress.bytes_read == 16 << 20  # whole chunks
+        with (tmp_path / "a.gguf").open("r+b") as file:
+            file.truncate(1 << 36)  # all hole: takes no room, and more seconds to read than the next line needs
         stopped = ReadAhead(tmp_path, 1 << 40)
         stopped.stop()
         stopped.join(20)
