@@ -44,7 +44,7 @@ MODEL = "llama-70b"
 PERIODS = PeriodsConfig(cluster_s=20.0, pool_s=5.0, instance_s=1.0)
 LEASE = LeaseConfig(ttl_s=4.0, rpc_deadline_s=0.8)
 ENGINE_START_S = 3.0
-FORECAST_HALF_LIFE_S = 10.0  # production: 120
+FORECAST_HALF_LIFE_S = 25.0  # production: 300
 STALENESS = StalenessConfig(stale_s=3.0, lost_s=12.0, hold_s=60.0, load_window_s=5.0)
 
 CONTROL = KnobsConfig()
