@@ -161,7 +161,7 @@ def _plan(decision: Decision) -> list[str]:
     judged = outcome.get("judged")
     if judged:
         said.append(_judged(judged))
-    if outcome.get("served_share") is not None:
+    if "budget_w" in outcome:
         said.append(
             f"The power budget left {outcome['budget_w']:.0f} W to it: {outcome['served_share']:.0%} of the expected "
             "load can be served in SLO."

@@ -14,7 +14,7 @@ from controller.loop.orders import PlanNow
 from controller.loop.planning import counts_json, expected_demand, wanted_counts
 from controller.loop.snapshot import restore, settings_of
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from controller.policy.stabilise import price
 from controller.profile.table import Profile
 
@@ -50,7 +50,7 @@ def preview(snapshot: Callable[[], str], profile: Profile, term: int, now: Insta
         for effect in step.effects:
             if isinstance(effect, Solve) and solves < _MOST_SOLVES:
                 solves += 1
-                solution = solve(effect.problem)
+                solution = plan_for(effect.problem)
                 done = EffectDone(effect.effect_id, solution.chosen is not None, solution=solution)
                 waiting.append(core.handle(now, done))
     after = wanted_counts(state)

@@ -44,7 +44,7 @@ from controller.gateway.load import LoadMeter
 from controller.loop.core import Core, Step
 from controller.loop.orders import Order
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from simulator.incidents import Incident, IncidentKind
 from simulator.physics import Physics
 from simulator.traces import Request
@@ -228,7 +228,7 @@ class VirtualFleet:
 
     def _carry_out(self, effect: Effect) -> EffectDone:
         if isinstance(effect, Solve):
-            solution = solve(effect.problem)
+            solution = plan_for(effect.problem)
             return EffectDone(effect.effect_id, ok=solution.chosen is not None, solution=solution)
         if isinstance(effect, PublishRouting):
             self._table = effect.table

@@ -48,7 +48,7 @@ from controller.loop.journal import JournaledCore
 from controller.loop.runtime import Runtime
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from controller.policy.placement import HeldInstance, place
 from controller.policy.transition import ActualInstance, CapacityModel, next_steps
 from controller.profile.table import Profile
@@ -157,7 +157,7 @@ class _Fleet:
         took_s = time.thread_time() - began_s
         for effect in step.effects:
             if isinstance(effect, Solve):
-                solution = solve(effect.problem)
+                solution = plan_for(effect.problem)
                 self.core.handle(
                     self.instant(), EffectDone(effect.effect_id, solution.chosen is not None, solution=solution)
                 )

@@ -41,7 +41,7 @@ from controller.loop.core import Core, Step
 from controller.loop.journal import JournaledCore
 from controller.loop.orders import Order, PlanNow, SetMode
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from controller.policy.routing import pools_for
 from controller.store.records import PlanRecord, Record
 from tests.faultrules import Rules
@@ -237,7 +237,7 @@ class Run:
 
     def carry_out(self, life: Life, effect: Effect) -> None:
         if isinstance(effect, Solve):
-            solution = solve(effect.problem)
+            solution = plan_for(effect.problem)
             done = EffectDone(effect.effect_id, solution.chosen is not None, solution=solution)
             self.at(self.now_s + self.chance.uniform(0.05, 3.0), self.told, life, done)
             return

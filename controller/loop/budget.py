@@ -350,9 +350,11 @@ def is_outdated(state: State, pending: PendingSolve) -> bool:
 
 
 def served_json(problem: PlanProblem, solution: PlanSolution) -> Json:
-    """What a plan serves of the expected load, for the record; nothing to say without a budget."""
+    """What a plan serves of the expected load, for the record; nothing to say where it serves all without a budget."""
     if problem.budget_w is None:
-        return {}
+        if not solution.is_short:
+            return {}
+        return {"served_share": round(solution.served_share, 6), "reserve_share": round(solution.reserve_share, 6)}
     share = solution.served_share if solution.chosen is not None else 0.0
     return {"served_share": round(share, 6), "budget_w": round(problem.budget_w, 3)}
 

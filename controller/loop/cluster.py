@@ -29,6 +29,7 @@ from controller.loop.planning import (
     reachable,
     result_json,
     say_counts,
+    short_sentence,
     solver_report,
     transition_pending,
     wanted_counts,
@@ -106,9 +107,12 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
         )
         accept, reason, sentence = verdict.accept, verdict.reason, verdict.sentence
         judged = judged_json(present, candidate, verdict)
-        if accept and reason is Reason.FORECAST_CHANGED and not reachable(state, now, counts, demand):
+        if accept and not reachable(state, now, counts, demand, forced=reason is not Reason.FORECAST_CHANGED):
             accept, reason = False, Reason.NO_ROOM_TO_SWITCH
             sentence = "There is no way to it that carries the load."
+    if solution.is_short and problem.budget_w is None:
+        reason = reason if reason is Reason.NO_ROOM_TO_SWITCH else Reason.NO_CAPACITY
+        sentence = f"{short_sentence(solution)} {sentence}".strip()
     if fallback:
         reason, sentence = fallback.reason, fallback.sentence
         if problem.budget_w is not None and state.pools:

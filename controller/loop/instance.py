@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from controller.domain.classes import ClassGroup, RequestClass
+from controller.domain.layout import Layout
 from controller.domain.reasons import Level, Mode, Reason, Stage
 from controller.fleet.port import (
     ApplyCaps,
@@ -123,7 +124,14 @@ def _stand_still(turn: Turn, actual: tuple[ActualInstance, ...]) -> None:
     """There is no way to the wanted layout that is worth the gap: what is there is wanted from now on."""
     state, now_s = turn.state, turn.now.monotonic_s
     aimed = say_counts(state.layout.counts())
-    state.layout = standing_layout(state.layout, actual, state.settings.model)
+    standing = standing_layout(state.layout, actual, state.settings.model)
+    pools = {instance.pool for instance in standing.instances}
+    if not any(pools <= set(partition) for partition in state.settings.partitions):
+        # Between two partitions classes would be planned for twice: one pool serves them all from what there is.
+        single = state.settings.partitions[0][0]
+        standing = Layout(tuple(replace(instance, pool=single) for instance in standing.instances))
+        state.pools = {}
+    state.layout = standing
     state.layout_forced = False
     counts = state.layout.counts()
     for name in sorted({pool for pool, _ in counts} | set(state.pools)):

@@ -20,7 +20,7 @@ from controller.policy.idle import LONE_SHARE, keep_s
 from controller.policy.milp.problem import PartitionResult, PlanProblem, PlanSolution, PoolDemand
 from controller.policy.placement import HeldInstance, Placed, place
 from controller.policy.stabilise import LayoutPrice, Verdict, price, starts_needed
-from controller.policy.transition import can_roll
+from controller.policy.transition import TransitionSettings, can_roll
 
 # A peak of the load is its mean over this long.
 PEAK_S = 60.0
@@ -391,11 +391,18 @@ def wanted_counts(state: State) -> dict[tuple[str, int], int]:
     return {(pool, tp): n for pool, plan in state.pools.items() for tp, n in plan.counts.items() if n}
 
 
-def reachable(state: State, now: Instant, counts: Mapping[tuple[str, int], int], demand: Mapping[str, float]) -> bool:
+def reachable(
+    state: State,
+    now: Instant,
+    counts: Mapping[tuple[str, int], int],
+    demand: Mapping[str, float],
+    forced: bool = False,
+) -> bool:
     """Can `counts` be reached while `demand` is carried all the way?
 
     Yes when everything new fits beside everything that is there, or when what stays carries the demand alone, or one
-    instance after the other makes room for new ones and the rest carries the demand each time.
+    instance after the other makes room for new ones and the rest carries the demand each time. `forced` is for when
+    the demand is missed already: then each step may miss as much as a transition dares (`next_steps`).
     """
     held = sum(held.tp for held in _held(state, now))
     present = state.layout.counts()
@@ -403,10 +410,31 @@ def reachable(state: State, now: Instant, counts: Mapping[tuple[str, int], int],
     usable = state.usable_gpus(now.monotonic_s)
     if held + new <= usable:
         return True
+
+    def missed_rps(serving: Mapping[tuple[str, int], int]) -> float:
+        carried = dict.fromkeys(demand, 0.0)
+        for (pool, tp), n in serving.items():
+            if pool in carried:
+                carried[pool] += n * state.fit.max_rate_rps(pool, tp)
+        return sum(max(0.0, rate - carried[pool]) for pool, rate in demand.items())
+
+    allowed_rps = 0.0
+    if forced:
+        allowed_rps = missed_rps(counts) + TransitionSettings().max_break_ratio * max(
+            0.0, missed_rps(present) - missed_rps(counts)
+        )
     kept = {key: min(n, present.get(key, 0)) for key, n in counts.items()}
-    if price(state.fit, kept, demand, usable).carries:
+    most_rps = allowed_rps + 1e-9 * sum(demand.values())
+    if missed_rps(kept) <= most_rps:
         return True
-    return can_roll(present, counts, usable - held, lambda serving: price(state.fit, serving, demand, usable).carries)
+    return can_roll(present, counts, usable - held, lambda serving: missed_rps(serving) <= most_rps)
+
+
+def short_sentence(solution: PlanSolution) -> str:
+    """What a plan for a part of the demand (milp/plan.py) leaves out."""
+    if solution.served_share < 1.0:
+        return f"Not all fits: planned for {solution.served_share:.0%} of the expected load."
+    return f"The expected load fits, and {solution.reserve_share:.0%} of the reserve asked for beyond it."
 
 
 def transition_pending(state: State, pool: str | None = None) -> bool:

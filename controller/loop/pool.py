@@ -26,6 +26,7 @@ from controller.loop.planning import (
     reachable,
     result_json,
     say_counts,
+    short_sentence,
     solver_report,
     transition_pending,
     wanted_counts,
@@ -85,13 +86,11 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
     )
     reason, sentence, accept = verdict.reason, verdict.sentence, verdict.accept
     same = counts_json(counts) == counts_json(present_counts)
-    if (
-        accept
-        and reason is Reason.FORECAST_CHANGED
-        and not reachable(state, now, _in_cluster(turn, counts, pool), demand)
-    ):
+    forced = reason is not Reason.FORECAST_CHANGED
+    if accept and not reachable(state, now, _in_cluster(turn, counts, pool), demand, forced):
         accept, reason = False, Reason.NO_ROOM_TO_SWITCH
-        sentence = f"{say_counts(counts)} would save energy, but there is no way to it that carries the load."
+        better = "carry more" if forced else "save energy"
+        sentence = f"{say_counts(counts)} would {better}, but there is no way to it that carries the load."
     if over_grant:
         accept, reason, sentence = True, Reason.GRANT_CHANGED, "The cluster manager needs the GPUs elsewhere."
     if fallback:
@@ -100,8 +99,12 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
         if problem.budget_w is not None:
             accept, reason = False, Reason.BUDGET_UNREACHABLE
             sentence = f"No layout stands within {problem.budget_w:.0f} W, even without load."
+    short = solution.is_short and problem.budget_w is None
+    if short:
+        sentence = f"{short_sentence(solution)} {sentence}".strip()
     if same and not fallback:
-        reason, accept = Reason.PLAN_KEPT, False
+        reason, accept = Reason.NO_CAPACITY if short else Reason.PLAN_KEPT, False
+    carries = not short and (fallback is None or fallback.carries)
     if accept:
         state.pools[pool] = replace(
             plan,
@@ -109,11 +112,11 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
             demand_rps=demand[pool],
             decided_by=state.decision_numbers + 1,
             decided_at_s=now.monotonic_s,
-            carries=fallback is None or fallback.carries,
+            carries=carries,
         )
         state.layout_forced = reason is not Reason.FORECAST_CHANGED
     else:
-        state.pools[pool] = replace(plan, carries=fallback is None or fallback.carries)
+        state.pools[pool] = replace(plan, carries=carries)
     placed = lay_out(state, now) if accept else None
     alternatives = [result_json(result) for result in solution.rejected]
     if not accept and not same and chosen is not None:
@@ -123,7 +126,7 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
         pool,
         pending.trigger,
         reason,
-        _say(present_counts, counts, accept, "" if same else sentence),
+        _say(present_counts, counts, accept, "" if same and not short else sentence),
         inputs=pending.inputs,
         outcome={
             "accepted": accept,
@@ -141,7 +144,7 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> bo
         solver=solver_report(solution, len(problem.columns)),
         parent=plan.decided_by,
     )
-    return fallback is not None and not fallback.carries and not pending.cold
+    return not carries and not pending.cold
 
 
 def _power_w(

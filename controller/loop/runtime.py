@@ -60,7 +60,7 @@ from controller.loop.orders import CLUSTER_SCOPE, NoteEngines, Order, SetMode, S
 from controller.loop.planning import counts_json, transition_pending
 from controller.loop.profile_in_use import curves_of
 from controller.loop.state import Instant, State
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from controller.policy.provision import NodePower
 from controller.store.records import ActionKind, ActionRecord, NodeRecord, OrderKind, OrderRecord, PlanRecord, Record
 
@@ -345,7 +345,7 @@ class Runtime:
 
     async def _solve(self, effect: Solve) -> None:
         loop = asyncio.get_running_loop()
-        solution = await loop.run_in_executor(self._solvers, solve, effect.problem)
+        solution = await loop.run_in_executor(self._solvers, plan_for, effect.problem)
         self.sink(EffectDone(effect.effect_id, ok=solution.chosen is not None, solution=solution))
 
     async def _execute(self, effect: NodeEffect) -> None:

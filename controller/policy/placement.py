@@ -198,11 +198,11 @@ _TIE = 0.001
 
 
 def _emptiest_first(staying: list[_Candidate]) -> dict[str, int]:
-    """Nodes numbered by the GPUs that could stay in use there, fewest first. No two are alike, so that of two nodes one
-    becomes empty and not a half of each."""
+    """Nodes numbered by the held GPUs that could stay in use there, fewest first. No two are alike, so that of two
+    nodes one becomes empty and not a half of each. What is only planned follows from this order, not the other way."""
     used: Counter[str] = Counter()
     for candidate in staying:
-        used[candidate.node_id] += candidate.tp
+        used[candidate.node_id] += candidate.tp if candidate.held else 0
     return {node_id: number for number, node_id in enumerate(sorted(used, key=lambda name: (used[name], name)))}
 
 

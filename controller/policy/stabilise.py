@@ -13,6 +13,7 @@ from math import hypot, inf
 
 from controller.domain.reasons import Reason
 from controller.policy.idle import choose_serving, power_at
+from controller.policy.milp.problem import WORTH_RESTARTING
 from controller.profile.fit import ProfileFit
 
 Counts = Mapping[tuple[str, int], int]
@@ -38,6 +39,7 @@ class StabiliseSettings:
     # While a transition is under way, a layout that is short by less than this is waited for, not planned anew:
     # what it starts would be thrown away, and the forecast's own margins cover a little.
     pending_load_ratio: float = 1.1
+    worth_restarting: float = WORTH_RESTARTING
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,9 @@ def judge(
             f"The layout under way carries {_percent(present)} of the demand; a new plan waits for its end.",
         )
     if not present.carries:
-        if candidate.load_ratio < present.load_ratio:
+        # A retiring instance serves nothing while its GPUs restart: not for a little more of what is missed anyway.
+        worth = settings.worth_restarting if retired and not candidate.carries else 1.0
+        if candidate.load_ratio * worth < present.load_ratio:
             reason = Reason.CAPACITY_NEEDED if candidate.carries else Reason.NO_CAPACITY
             return verdict(True, reason, f"The present layout carries {_percent(present)} of the demand.")
         return verdict(False, Reason.NO_CAPACITY, "No layout carries more than the present one.")

@@ -153,9 +153,13 @@ def next_steps(
 
     growing, given_up = _grow(plan, there, usable_gpus, settings)
     leaving = [step for i in there if (step := _leave(i, plan.get(i.instance_id))) is not None]
-    changes = _label_changes(plan, there) + _drains(plan, there, growing)
-    taken, held_back = _take(changes, serving, capacity, _draining(there), settings)
-    steps = [*growing, *leaving, *taken]
+    labels, drains = _label_changes(plan, there), _drains(plan, there, growing)
+    # Another partition of the classes is another label on many at once: one after the other there may be no way.
+    at_once = labels if _may_all(labels, serving, capacity) else []
+    taken, held_back = _take(
+        [c for c in labels if c not in at_once] + drains, serving, capacity, _draining(there), settings
+    )
+    steps = [*growing, *leaving, *at_once, *taken]
 
     moving = any(s.kind is not StepKind.WAIT or s.reason in _UNDER_WAY for s in steps)
     stuck = bool(held_back) and not moving
@@ -331,6 +335,21 @@ def _actual(kind: StepKind, instance: ActualInstance, reason: StepReason, what: 
 
 
 # ---------------------------------------------------------------------------------- never under the demand
+
+
+def _may_all(labels: list[Step], serving: dict[str, _Kind], capacity: CapacityModel) -> bool:
+    """Whether all label changes together take nothing from the demand; then `serving` follows them."""
+    after = dict(serving)
+    for change in labels:
+        if change.instance_id in after:
+            after[change.instance_id] = change.pool, len(change.gpu_uuids)
+    before, then = Counter(serving.values()), Counter(after.values())
+    if _shortfall_rps(then, capacity) > _shortfall_rps(before, capacity) + 1e-9:
+        return False
+    if not _covered(before, capacity) <= _covered(then, capacity):
+        return False
+    serving.update(after)
+    return True
 
 
 def _take(

@@ -41,7 +41,7 @@ from controller.loop.orders import CorrectProfile, NoteEngines
 from controller.loop.settings import LoopSettings
 from controller.loop.snapshot import settings_of
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from controller.policy.routing import pools_for
 from controller.replay.inputs import Reader, Stretch, core_of, stretches
 
@@ -260,7 +260,7 @@ class _Shadow:
         state = self.core.state
         match effect:
             case Solve():
-                solution = solve(effect.problem)
+                solution = plan_for(effect.problem)
                 self._handle(now_s, EffectDone(effect.effect_id, solution.chosen is not None, solution=solution))
                 return
             case StartInstance():

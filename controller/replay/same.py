@@ -17,7 +17,7 @@ from controller.domain.reasons import Level
 from controller.fleet.port import EffectDone
 from controller.loop.core import Core
 from controller.loop.orders import Order
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from controller.policy.milp.problem import PartitionResult, PlanSolution
 from controller.replay.inputs import Reader, Stretch, Told, core_of, solution_of, stretches
 from controller.store.codec import to_decision, to_row
@@ -88,7 +88,7 @@ def _solved_again(core: Core, event: EffectDone, told: Told, report: Report) -> 
     stored = solution_of(told, pending.problem)
     assert stored is not None
     report.solved_again += 1
-    again = solve(pending.problem, stored.solver or None)
+    again = plan_for(pending.problem, stored.solver or None)
     if _untimed(again) != _untimed(stored):
         report.solver_differs += 1
     return stored

@@ -43,7 +43,7 @@ from controller.fleet.port import (
 )
 from controller.loop.core import Core
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from simulator.fast.engines import FastEngines, Shown
 from simulator.fast.layout import AT_ASLEEP, AT_DRAINING, AT_LOADING, IDLE, SERVING
 from simulator.fast.node import Hosted, Node
@@ -297,7 +297,7 @@ class FastFleet:
 
     def _carry_out(self, effect: Effect) -> EffectDone:
         if isinstance(effect, Solve):
-            solution = solve(effect.problem)
+            solution = plan_for(effect.problem)
             return EffectDone(effect.effect_id, ok=solution.chosen is not None, solution=solution)
         if isinstance(effect, PublishRouting):
             self._table = effect.table

@@ -27,7 +27,7 @@ from controller.loop.core import Core, Step
 from controller.loop.orders import SetPowerBudget
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from tests.synthetic_profile import MODEL, synthetic_profile
 
 GPUS, FREE_W, LOW_W = 4, 700.0, 200.0
@@ -94,7 +94,7 @@ class World:
     def took(self, step: Step) -> None:
         for effect in step.effects:
             if isinstance(effect, Solve):
-                solution = solve(effect.problem)
+                solution = plan_for(effect.problem)
                 done = EffectDone(effect.effect_id, solution.chosen is not None, solution=solution)
                 self.answers.append((self.now_s + self.chance.uniform(0, 6), self.term, done))
             elif isinstance(effect, ApplyCaps | ReleaseCaps):

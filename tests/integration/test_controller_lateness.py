@@ -35,7 +35,7 @@ from controller.loop import runtime as runtime_module
 from controller.loop.journal import JournaledCore
 from controller.loop.runtime import Runtime
 from controller.loop.settings import LoopSettings
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from controller.policy.milp.problem import PlanProblem, PlanSolution
 from controller.store import migrate
 from controller.store.engine import open_engine
@@ -149,10 +149,10 @@ async def test_the_tick_waits_for_neither_solver_nor_database(
         """The real solver over and over, the model's making in Python included."""
         began_s = time.monotonic()
         while time.monotonic() < began_s + SOLVE_S:
-            solution = solve(problem)
+            solution = plan_for(problem)
         return solution
 
-    monkeypatch.setattr(runtime_module, "solve", solve_for_long)
+    monkeypatch.setattr(runtime_module, "plan_for", solve_for_long)
     url = server.new_database()
     engine = open_engine(url)
     migrate.upgrade(engine)

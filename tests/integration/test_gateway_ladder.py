@@ -35,7 +35,7 @@ from controller.fleet.port import (
 from controller.loop.core import Core
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from dynamollm.v1 import controller_pb2 as pb
 from tests.gateway_stand_ins import MODEL, StandInController, controlling, gateway_process, until, until_healthy
 from tests.integration.test_gateway_emulator import emulators
@@ -81,7 +81,7 @@ class Loop(StandInController):
             done = EffectDone(effect.effect_id, ok=True)
             match effect:
                 case Solve():
-                    done = EffectDone(effect.effect_id, ok=True, solution=solve(effect.problem))
+                    done = EffectDone(effect.effect_id, ok=True, solution=plan_for(effect.problem))
                 case PublishRouting():
                     self.publish(effect.table)
                 case StartInstance():

@@ -34,7 +34,7 @@ from controller.fleet.port import (
 from controller.loop.core import Core
 from controller.loop.orders import CorrectProfile, SetMode, SetPowerBudget
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from controller.store.recorder import RecorderCounts
 from tests.store_suite import decision
 from tests.synthetic_profile import MODEL
@@ -60,7 +60,7 @@ def page() -> str:
     while queue:
         for effect in queue.pop().effects:
             if isinstance(effect, Solve):
-                done = EffectDone(effect.effect_id, True, solution=solve(effect.problem))
+                done = EffectDone(effect.effect_id, True, solution=plan_for(effect.problem))
                 queue.append(core.handle(Instant(0.0, 1e9), done))
             elif isinstance(effect, StartInstance):
                 started.append(effect)

@@ -31,7 +31,7 @@ from controller.loop.orders import Order, SetMode, SetPowerBudget
 from controller.loop.settings import LoopSettings
 from controller.loop.snapshot import restore, take
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from simulator.fleet import WALL_AT_ZERO_S, FleetResult, FleetTimes, VirtualFleet
 from simulator.physics import Physics
 from simulator.traces import generate
@@ -133,7 +133,7 @@ def test_what_it_costs_is_predicted_and_recorded(served: FleetResult) -> None:
     plans = [
         d
         for d in served.decisions
-        if d.trigger == "budget" and "served_share" in d.outcome and d.level is Level.CLUSTER
+        if d.trigger == "budget" and "budget_w" in d.outcome and d.level is Level.CLUSTER
     ]
     assert plans, "it was planned anew within the budget"
     assert plans[0].decided_at_s == WALL_AT_ZERO_S + SET_S
@@ -191,7 +191,7 @@ class Bench:
         for effect in step.effects:
             self.sent.append(effect)
             if isinstance(effect, Solve):
-                self.send(EffectDone(effect.effect_id, True, solution=solve(effect.problem)))
+                self.send(EffectDone(effect.effect_id, True, solution=plan_for(effect.problem)))
             elif isinstance(effect, ApplyCaps | ReleaseCaps) and effect.node_id not in self.deaf:
                 self._obey(effect)
                 self.send(EffectDone(effect.effect_id, True))

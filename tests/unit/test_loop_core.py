@@ -33,7 +33,7 @@ from controller.fleet.port import (
 from controller.loop.core import Core, Step
 from controller.loop.settings import Knobs, LoopSettings
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from controller.profile.table import SERVING, Actuator, ActuatorRow
 from controller.store.records import PlanRecord
 from tests.synthetic_profile import MODEL, synthetic_profile
@@ -62,7 +62,7 @@ class Bench:
         effects = [effect for effect in step.effects if not isinstance(effect, Solve)]
         for effect in step.effects:
             if isinstance(effect, Solve):
-                effects += self.send(EffectDone(effect.effect_id, True, solution=solve(effect.problem)))
+                effects += self.send(EffectDone(effect.effect_id, True, solution=plan_for(effect.problem)))
         return effects
 
     def see(self, node: str, *instances: InstanceObservation, gpus: int = 8) -> list[Effect]:

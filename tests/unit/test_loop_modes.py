@@ -33,7 +33,7 @@ from controller.loop.modes import may_touch
 from controller.loop.orders import PlanNow, SetMode, most_cautious
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from simulator.fleet import FleetTimes, VirtualFleet
 from simulator.physics import Physics
 from simulator.traces import generate
@@ -61,7 +61,7 @@ class Bench:
         effects = [effect for effect in step.effects if not isinstance(effect, Solve)]
         for effect in step.effects:
             if isinstance(effect, Solve):
-                effects += self.send(EffectDone(effect.effect_id, True, solution=solve(effect.problem)))
+                effects += self.send(EffectDone(effect.effect_id, True, solution=plan_for(effect.problem)))
         return effects
 
     def see(self, node: str, *instances: InstanceObservation) -> list[Effect]:

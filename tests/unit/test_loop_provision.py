@@ -35,7 +35,7 @@ from controller.loop.core import Core
 from controller.loop.orders import NotePower, Order, SetMode, SetPowerBudget
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant
-from controller.policy.milp.model import solve
+from controller.policy.milp.plan import plan_for
 from controller.policy.provision import NodePower, ProvisionSettings
 from simulator.fast.fleet import FastFleet, FastResult
 from simulator.fleet import FleetResult, FleetTimes, VirtualFleet
@@ -178,7 +178,7 @@ class Bench:
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case Solve():
-                self.send(EffectDone(effect.effect_id, True, solution=solve(effect.problem)))
+                self.send(EffectDone(effect.effect_id, True, solution=plan_for(effect.problem)))
             case PowerNode():
                 self.sent.append((self.now_s, effect))
                 if not self.hook_fails and self.obeys:

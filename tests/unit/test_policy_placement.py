@@ -173,6 +173,13 @@ def test_gathered_the_emptiest_node_loses_its_instances_first() -> None:
     assert put({("all", 4): 2}, *apart, nodes=THREE, least_nodes=1).started == ()
 
 
+def test_gathered_what_is_planned_beside_one_of_two_alike_does_not_turn_the_choice_round() -> None:
+    there = [held("a", "all", "n0", 0, 8), held("b", "all", "n1", 0, 8)]
+    counts = {("all", 8): 1, ("all", 2): 1}
+    first = put(counts, *there, nodes=THREE[:2], least_nodes=1)
+    assert put(counts, *there, nodes=THREE[:2], current=first.layout, least_nodes=1).layout == first.layout
+
+
 def test_a_gathered_pool_lies_on_as_many_nodes_as_its_redundancy_asks() -> None:
     placed = put({("short", 4): 2, ("long", 4): 2}, nodes=THREE, least_nodes=2)
     assert len(nodes_of(placed, "short")) == len(nodes_of(placed, "long")) == 2

@@ -78,6 +78,19 @@ def test_shortfall_weighs_requests() -> None:
     assert shortfall_rps([("short", 16)], model) == pytest.approx(4.0)  # an unknown kind carries nothing
 
 
+def test_another_partition_that_takes_new_labels_alone_comes_at_once() -> None:
+    """One label after the other there would be no way: each leaves too little in the pool that the rest still is in."""
+    there = (actual("a", "all", 0, 0, 8), actual("b", "all", 1, 0, 4), actual("c", "all", 1, 4, 4))
+    wanted = Layout((planned("a", "long", 0, 0, 8), planned("b", "short", 1, 0, 4), planned("c", "short", 1, 4, 4)))
+    full = demand(short=8.0, long=8.0)
+    relabelled = next_steps(wanted, there, GPUS, full)
+    assert of_kind(relabelled, StepKind.RELABEL) == ["a", "b", "c"]
+    assert not relabelled.stuck
+    # What would miss more of the load is not done at once either.
+    more_short = demand(short=12.0, long=4.0)
+    assert of_kind(next_steps(wanted, there, GPUS, more_short), StepKind.RELABEL) != ["a", "b", "c"]
+
+
 # -------------------------------------------------------------------------------------------- single steps
 
 

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from controller.domain.reasons import Reason
-from controller.policy.milp.problem import PlanProblem, PoolDemand
-
-# A layout that serves this much more than the last one is worth restarting everything for.
-WORTH_RESTARTING = 1.1
+from controller.policy.milp.problem import WORTH_RESTARTING, PlanProblem, PoolDemand
 
 Counts = dict[tuple[str, int], int]
 

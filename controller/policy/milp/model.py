@@ -48,11 +48,13 @@ HIGHS = "highs"
 CBC = "cbc"
 
 
-def solve(problem: PlanProblem, solver: str | None = None, milp_only: bool = False) -> PlanSolution:
+def solve(
+    problem: PlanProblem, solver: str | None = None, milp_only: bool = False, growing_only: bool = False
+) -> PlanSolution:
     """Solves all partitions; deterministic for equal input (one thread, node limit and gap before any time limit).
 
     `solver` forces "highs" or "cbc"; by default HiGHS where it is installed, else CBC. `milp_only` leaves out the
-    shorter ways.
+    shorter ways. With `growing_only` no present instance retires.
     """
     solver = solver or default_solver()
     wrong = fault(problem)
@@ -61,11 +63,13 @@ def solve(problem: PlanProblem, solver: str | None = None, milp_only: bool = Fal
         return PlanSolution(problem.problem_id, solver, None, tuple(_failed(p, "error", wrong) for p in pools))
     if problem.budget_w is not None:
         return within_budget(problem, partial(_solve, solver=solver, milp_only=True))
-    return _solve(problem, solver, milp_only)
+    return _solve(problem, solver, milp_only, growing_only)
 
 
-def _solve(problem: PlanProblem, solver: str, milp_only: bool) -> PlanSolution:
-    results = [_solve_partition(problem, partition, solver, milp_only) for partition in problem.partitions]
+def _solve(problem: PlanProblem, solver: str, milp_only: bool, growing_only: bool = False) -> PlanSolution:
+    results = [
+        _solve_partition(problem, partition, solver, milp_only, growing_only) for partition in problem.partitions
+    ]
     feasible = [r for r in results if r.status in ("optimal", "feasible")]
     if not feasible:
         return PlanSolution(problem.problem_id, solver, None, tuple(results))
@@ -107,11 +111,11 @@ class _Model(NamedTuple):
 
 
 def _solve_partition(
-    problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str, milp_only: bool
+    problem: PlanProblem, partition: tuple[PoolDemand, ...], solver: str, milp_only: bool, growing_only: bool
 ) -> PartitionResult:
-    if problem.keep_current:
+    if problem.keep_current or growing_only:
         growing = _solve_once(problem, partition, solver, milp_only, keep_current=True)
-        if growing.status in ("optimal", "feasible"):
+        if growing_only or growing.status in ("optimal", "feasible"):
             return growing
     return _solve_once(problem, partition, solver, milp_only, keep_current=False)
 

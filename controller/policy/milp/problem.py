@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+# Where not all of the load fits, what has to restart instances must serve so many times what the present ones do, grown
+# into free GPUs: while they restart they serve nothing.
+WORTH_RESTARTING = 1.1
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -132,4 +136,11 @@ class PlanSolution:
     solver: str
     chosen: PartitionResult | None
     rejected: tuple[PartitionResult, ...]
-    served_share: float = 1.0  # of the demand that was planned for; less only under a budget
+    # Of the expected load and of the reserve beyond it, what was planned for: less where not all fits the GPUs
+    # (milp/shortage.py) or, the first, a power budget (milp/budget.py).
+    served_share: float = 1.0
+    reserve_share: float = 1.0
+
+    @property
+    def is_short(self) -> bool:
+        return self.served_share < 1.0 or self.reserve_share < 1.0
