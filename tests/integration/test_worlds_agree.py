@@ -7,6 +7,7 @@ real ticks and telemetry fall at other instants of the same load.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ import pytest
 from tests.demo_run import DemoRun, prepared
 from tests.worlds import World, real, virtual
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# A token that the engine had ready so much earlier than the client read it was kept by this machine, not by the fleet:
+# real time is measured again then, a few times.
+BUSY_MS = 40.0
+RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,14 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     prepared()
-    with DemoRun(tmp_path_factory.mktemp("worlds"), "--quick", "--seed", "2") as demo:
-        return Finished(demo.folder, demo.figures())
+    for run in range(RUNS):
+        with DemoRun(tmp_path_factory.mktemp("worlds"), "--quick", "--seed", "2") as demo:
+            found = Finished(demo.folder, demo.figures())
+        kept_ms = max(phase["client_overhead_ms"]["p99"] for phase in found.figures["phases"].values())
+        if kept_ms <= BUSY_MS:
+            break
+        warnings.warn(f"run {run + 1}: the machine kept tokens for {kept_ms:.0f} ms (P99)", stacklevel=1)
+    return found
 
 
 @pytest.fixture(scope="module")
