@@ -6,6 +6,7 @@ everything; TCP beyond loopback needs a client certificate, whose name or URI th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -136,8 +137,6 @@ def _told(response: Message) -> str:
     """Per-GPU results in a few words: a batch is `ok` although one GPU refused."""
     if not isinstance(response, pb.ApplyControlsResponse | pb.ReleaseControlsResponse):
         return ""
-    counts: dict[str, int] = {}
-    for result in response.results:
-        name = pb.ControlCode.Name(result.code).removeprefix("CONTROL_CODE_").lower()
-        counts[name] = counts.get(name, 0) + 1
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    counts = Counter(result.code for result in response.results)
+    named = {pb.ControlCode.Name(code).removeprefix("CONTROL_CODE_").lower(): count for code, count in counts.items()}
+    return ", ".join(f"{count} {name}" for name, count in sorted(named.items()))

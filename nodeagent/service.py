@@ -95,7 +95,9 @@ class NodeAgentService(rpc.NodeAgentServicer):
             lease = request.lease
             owner, wishes = _allowed(wire.owner_from(lease.owner)), wire.wishes_from(request)
             results = await self._controls.apply(owner, lease.reason, lease.ttl_s, lease.term, wishes)
-            return pb.ApplyControlsResponse(results=[wire.result_to(result) for result in results])
+            response = pb.ApplyControlsResponse()
+            wire.put_results(response.results, results)
+            return response
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))
 
@@ -104,7 +106,9 @@ class NodeAgentService(rpc.NodeAgentServicer):
             owner = _allowed(wire.owner_from(request.owner))
             kinds = wire.kinds_from(request)
             results = await self._controls.release(owner, request.term, list(request.gpu_uuids), request.reason, kinds)
-            return pb.ReleaseControlsResponse(results=[wire.result_to(result) for result in results])
+            response = pb.ReleaseControlsResponse()
+            wire.put_results(response.results, results)
+            return response
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))
 

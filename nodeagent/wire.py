@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dynamollm.v1 import node_agent_pb2 as pb
@@ -78,15 +80,16 @@ def _setting_from(control: pb.ControlRequest) -> Setting:
     raise Invalid(f"control for {control.gpu_uuid!r} has neither clock_lock nor power_limit nor memory_clock_lock")
 
 
-def control_to(uuid: str, setting: Setting) -> pb.ControlRequest:
-    if isinstance(setting, ClockLock):
-        lock = pb.ClockLock(min_mhz=setting.min_mhz, max_mhz=setting.max_mhz)
-        return pb.ControlRequest(gpu_uuid=uuid, clock_lock=lock)
-    if isinstance(setting, MemoryClockLock):
-        lock = pb.ClockLock(min_mhz=setting.min_mhz, max_mhz=setting.max_mhz)
-        return pb.ControlRequest(gpu_uuid=uuid, memory_clock_lock=lock)
-    limit = pb.PowerLimit(limit_w=setting.limit_w, protects=setting.protects)
-    return pb.ControlRequest(gpu_uuid=uuid, power_limit=limit)
+def _put_control(message: pb.ControlRequest, uuid: str, setting: Setting) -> None:
+    message.gpu_uuid = uuid
+    if isinstance(setting, PowerLimit):
+        limit = message.power_limit
+        limit.SetInParent()  # a limit of plain zeros is one all the same
+        limit.limit_w, limit.protects = setting.limit_w, setting.protects
+        return
+    lock = message.clock_lock if isinstance(setting, ClockLock) else message.memory_clock_lock
+    lock.SetInParent()
+    lock.min_mhz, lock.max_mhz = setting.min_mhz, setting.max_mhz
 
 
 def rules_from(request: pb.SetGuardRequest) -> tuple[SloBoost, WattsFloor]:
@@ -127,25 +130,29 @@ def guard_to(state: GuardState, boosting: bool) -> pb.GuardStatus:
     )
 
 
-def result_to(result: Result) -> pb.ControlResult:
-    return pb.ControlResult(
-        gpu_uuid=result.gpu_uuid,
-        code=_CODES[result.code],
-        detail=result.detail,
-        requested=None if result.requested is None else control_to(result.gpu_uuid, result.requested),
-        applied=None if result.applied is None else control_to(result.gpu_uuid, result.applied),
-        observed_sm_mhz=result.observed.sm_mhz,
-        observed_power_limit_w=result.observed.power_limit_w,
-    )
+def put_results(messages: RepeatedCompositeFieldContainer[pb.ControlResult], results: Iterable[Result]) -> None:
+    """Fills a response in place: messages inside messages are otherwise copied, and this is on every call's way."""
+    for result in results:
+        message, seen = messages.add(), result.observed
+        message.gpu_uuid, message.code, message.detail = result.gpu_uuid, _CODES[result.code], result.detail
+        if result.requested is not None:
+            _put_control(message.requested, result.gpu_uuid, result.requested)
+        if result.applied is not None:
+            _put_control(message.applied, result.gpu_uuid, result.applied)
+        if seen.sm_mhz is not None:
+            message.observed_sm_mhz = seen.sm_mhz
+        if seen.power_limit_w is not None:
+            message.observed_power_limit_w = seen.power_limit_w
 
 
 def held_to(key: ControlKey, setting: Setting, lease: Lease, remaining_s: float) -> pb.HeldControl:
     owner = types.Owner(kind=_OWNER_KIND_NUMBERS[lease.owner.kind], name=lease.owner.name)
-    return pb.HeldControl(
-        control=control_to(key.gpu_uuid, setting),
+    held = pb.HeldControl(
         lease=types.Lease(owner=owner, reason=lease.reason, ttl_s=lease.ttl_s, term=lease.term),
         remaining_s=remaining_s,
     )
+    _put_control(held.control, key.gpu_uuid, setting)
+    return held
 
 
 def spec_from(message: types.InstanceSpec) -> Spec:

@@ -89,6 +89,7 @@ class NodeHost:
         self.config_path.write_text(to_toml(whole, comments=False))
         self.process: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
+        self._stub: rpc.NodeAgentStub | None = None
         self._ids = itertools.count()
 
     # The agent
@@ -141,7 +142,9 @@ class NodeHost:
     @property
     def stub(self) -> rpc.NodeAgentStub:
         """A client over the unix socket; it finds a restarted agent again."""
-        return rpc.NodeAgentStub(self.channel)
+        if self._stub is None:
+            self._stub = rpc.NodeAgentStub(self.channel)
+        return self._stub
 
     @property
     def channel(self) -> grpc.Channel:
@@ -256,7 +259,7 @@ class NodeHost:
     def close(self) -> None:
         if self._channel is not None:
             self._channel.close()
-            self._channel = None
+            self._channel = self._stub = None
         if self.process is not None and self.process.poll() is None:
             self.kill()
         for process in _engines(self.directory / "gpus"):

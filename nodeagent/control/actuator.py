@@ -81,10 +81,10 @@ class Actuator:
 
     def under_cap(self, setting: Setting, uuid: str) -> Setting:
         """A power limit lowered to the standing caps."""
+        if not isinstance(setting, PowerLimit):
+            return setting
         cap_w = self.caps.limit_w(uuid)
-        if isinstance(setting, PowerLimit) and cap_w is not None and setting.limit_w > cap_w:
-            return PowerLimit(cap_w)
-        return setting
+        return setting if cap_w is None or setting.limit_w <= cap_w else PowerLimit(cap_w)
 
     # What is due
 

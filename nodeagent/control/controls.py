@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from common.clock import Clock
@@ -71,9 +71,11 @@ class Controls:
         self._leases = LeaseTable()
         self._cap_leases: dict[tuple[str, OwnerKind], Lease] = {}
         self._watch = DriftWatch()
-        self._gpu_locks: dict[str, asyncio.Lock] = {}
+        self._gpu_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._restoring: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
+        self._next_look_s = math.inf
+        """When the expiry loop looks again if nobody wakes it."""
         self.last_beat_s = clock.monotonic_s()
         """When the expiry loop last ran; the watchdog looks at it."""
 
@@ -94,21 +96,24 @@ class Controls:
         results: dict[int, Result] = {}
 
         async def one_gpu(uuid: str, indices: list[int]) -> None:
-            if self._inventory.find(uuid) is None:
+            worker = self._inventory.find(uuid)
+            if worker is None:
                 for index in indices:
                     setting = wishes[index].setting
                     results[index] = Result(uuid, Code.UNKNOWN_GPU, "no such GPU on this node", setting)
                 return
             async with self._lock(uuid):
                 for index in indices:
-                    results[index] = await self._apply_one(wishes[index], lease_of[index])
+                    results[index] = await self._apply_one(wishes[index], lease_of[index], worker)
 
         await asyncio.gather(*(one_gpu(uuid, indices) for uuid, indices in by_gpu.items()))
-        self._wake.set()
+        failed = any(result.code is not Code.APPLIED for result in results.values())
+        if failed or self._clock.monotonic_s() + self._pause_s() < self._next_look_s:
+            self._wake.set()  # else the loop looks in time by itself, and not before the answer has left
         written = Counter(str(result.applied) for result in results.values() if result.applied and not result.detail)
         if written:
             log.info("controls applied", by=str(owner), reason=reason, gpus=dict(written))
-        outcomes = Counter((wishes[index].key.kind, result.code) for index, result in results.items())
+        outcomes = Counter((kind_of(wishes[index].setting), result.code) for index, result in results.items())
         for (kind, code), count in outcomes.items():
             self._metrics.control_results.labels(kind.value, code.value).inc(count)
         return [results[index] for index in range(len(wishes))]
@@ -278,8 +283,10 @@ class Controls:
             if self._caps.unrecorded:
                 with contextlib.suppress(OSError):
                     await self._caps.record()
+            pause_s = self._pause_s()
+            self._next_look_s = self._clock.monotonic_s() + pause_s
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._pause_s()):
+                async with asyncio.timeout(pause_s):
                     await self._wake.wait()
 
     async def close(self) -> list[ControlKey]:
@@ -337,7 +344,7 @@ class Controls:
 
     # One control of one GPU, its lock held
 
-    async def _apply_one(self, wish: Wish, lease: Lease) -> Result:
+    async def _apply_one(self, wish: Wish, lease: Lease, worker: GpuWorker) -> Result:
         key, control = wish.key, CONTROLS[kind_of(wish.setting)]
 
         def answer(
@@ -345,8 +352,7 @@ class Controls:
         ) -> Result:
             return Result(wish.gpu_uuid, code, detail, wish.setting, applied, seen)
 
-        worker = self._inventory.find(wish.gpu_uuid)
-        if worker is None or worker.facts is None:
+        if worker.facts is None:
             return answer(Code.GPU_LOST, "the GPU has not answered yet")
         if not self._allowed(key.kind):
             return answer(Code.UNSUPPORTED, f"{key.kind.value} is switched off in this agent's configuration")
@@ -445,8 +451,9 @@ class Controls:
         if owner.kind is OwnerKind.GUARD:
             raise Invalid("the guard is this node's own; nobody may speak for it")
         if owner.kind is OwnerKind.CONTROLLER:
-            leases = self._leases.live(self._clock.monotonic_s()).values()
-            active = any(lease.owner == Owner(OwnerKind.CONTROLLER, self._fence.holder) for lease in leases)
+            holder = Owner(OwnerKind.CONTROLLER, self._fence.holder)
+            leases = self._leases.live(self._clock.monotonic_s()).values() if owner != holder else ()
+            active = any(lease.owner == holder for lease in leases)
             self._fence.admit(term, owner.name, active)
 
     def _allowed(self, kind: ControlKind) -> bool:
@@ -457,7 +464,7 @@ class Controls:
         }[kind]
 
     def _lock(self, uuid: str) -> asyncio.Lock:
-        return self._gpu_locks.setdefault(uuid, asyncio.Lock())
+        return self._gpu_locks[uuid]
 
 
 async def _observe(worker: GpuWorker) -> Observed:

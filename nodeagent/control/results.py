@@ -25,6 +25,8 @@ class Code(enum.Enum):
     MIG_ENABLED = "mig_enabled"
     FOREIGN_WRITER = "foreign_writer"
 
+    __hash__ = object.__hash__  # as ControlKind's
+
 
 @dataclass(frozen=True, slots=True)
 class Wish:

@@ -22,27 +22,36 @@ STAGGER_S = 0.002
 class Job:
     """One call on its way: work for a lane, and where its answer goes."""
 
-    __slots__ = ("answer", "claim", "group", "work")
+    __slots__ = ("answer", "bounded", "claim", "group", "work")
 
-    def __init__(self, work: Callable[[], object], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, work: Callable[[], object], loop: asyncio.AbstractEventLoop, bounded: bool = True) -> None:
         self.work = work
+        self.bounded = bounded
+        """Whether the answer is a TimeoutError once the deadline has passed."""
         self.answer: asyncio.Future[Any] = loop.create_future()
         self.group: _Group | None = None
         self.claim = threading.Lock()
         """Taken once and never given back: by the thread that begins the call, or by the caller that gives it up."""
 
-    def expire(self) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(TimeoutError())
-
 
 class _Group:
-    """Jobs that were asked for at one go. Until it is open its timer is still to come: answers may wait for that."""
+    """Jobs that were asked for at one go, with one timer for all: STAGGER_S, then what is left of the deadline.
 
-    __slots__ = ("open",)
+    Until it is open the first is still to come: answers may wait for that.
+    """
 
-    def __init__(self, open_: bool) -> None:
-        self.open = open_
+    __slots__ = ("open", "timer", "unanswered")
+
+    def __init__(self, jobs: int) -> None:
+        self.open = jobs == 1
+        self.unanswered = jobs
+        self.timer: asyncio.TimerHandle | None = None
+
+    def answered(self) -> None:
+        """One job more is; after the last the timer has nothing left to do."""
+        self.unanswered -= 1
+        if not self.unanswered and self.timer is not None:
+            self.timer.cancel()
 
 
 class Lane:
@@ -66,7 +75,9 @@ class Lane:
 class Carriers:
     """Lanes and threads of one event loop. For the loop's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline_s: float) -> None:
+        """`deadline_s` is how long the answer of a bounded job may take."""
+        self.deadline_s = deadline_s
         self._mutex = threading.Lock()
         """Guards `_ready` and every lane's `jobs` and `served`."""
         self._ready: deque[Lane] = deque()
@@ -97,7 +108,8 @@ class Carriers:
 
     def _send(self) -> None:
         asked, self._asked = self._asked, []
-        group = _Group(open_=len(asked) == 1)
+        jobs = [job for _, job in asked]
+        group = _Group(len(jobs))
         waiting = 0
         with self._mutex:
             for lane, job in asked:
@@ -109,20 +121,26 @@ class Carriers:
                     waiting += 1
         if waiting:
             self._turns.put(True)
-        if not group.open:
-            asked[0][1].answer.get_loop().call_later(STAGGER_S, self._spread, group, waiting - 1)
+        loop = jobs[0].answer.get_loop()
+        if group.open:
+            group.timer = loop.call_later(self.deadline_s, _expire, jobs)
+        else:
+            group.timer = loop.call_later(STAGGER_S, self._spread, group, jobs, waiting - 1)
 
-    def _spread(self, group: _Group, lanes: int) -> None:
+    def _spread(self, group: _Group, jobs: list[Job], lanes: int) -> None:
         """From here on none of this group waits for another: neither a lane for a thread nor an answer for the next."""
         group.open = True
         for _ in range(min(lanes, len(self._ready))):
             self._turns.put(True)
+        group.timer = jobs[0].answer.get_loop().call_later(self.deadline_s - STAGGER_S, _expire, jobs)
         self._hand_out()
 
     def _hand_out(self) -> None:
         self._called = False  # before looking: what comes from here on calls again
         while self._answered:
             job, result, error = self._answered.popleft()
+            if job.group is not None:
+                job.group.answered()
             if job.answer.done():
                 continue
             if error is None:
@@ -175,3 +193,9 @@ class Carriers:
             else:
                 lane.served = False
             return self._ready.popleft() if self._ready else None
+
+
+def _expire(jobs: list[Job]) -> None:
+    for job in jobs:
+        if job.bounded and not job.answer.done():
+            job.answer.set_exception(TimeoutError())

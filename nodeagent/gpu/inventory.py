@@ -23,8 +23,7 @@ class Inventory:
 
     def __init__(self, driver: GpuDriver, call_deadline_s: float) -> None:
         self._driver = driver
-        self._deadline_s = call_deadline_s
-        self._carriers = Carriers()
+        self._carriers = Carriers(call_deadline_s)
         self._reloading: asyncio.Future[int] | None = None
         self.driver_version = driver.version()
         self.workers = [self._worker(index) for index in range(driver.count())]
@@ -88,7 +87,6 @@ class Inventory:
         return GpuWorker(
             self._driver,
             index,
-            self._deadline_s,
             self._carriers,
             _log_health,
             lambda uuid: self.find(uuid) is not None,

@@ -7,8 +7,7 @@ library is found the normal way (`libnvidia-ml.so.1` through the loader).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,18 +55,24 @@ _EVENT_REASONS: dict[int, str] = {
 }
 
 
-@contextmanager
-def _typed() -> Iterator[None]:
-    try:
-        yield
-    except pynvml.NVMLError as error:
-        raise _KINDS.get(error.value, GpuError)(f"NVML: {error}") from None
+class _Typed:
+    """Turns NVML's errors into ours. A class: made of a generator it costs more than the calls it stands around."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        if isinstance(error, pynvml.NVMLError):
+            raise _KINDS.get(error.value, GpuError)(f"NVML: {error}") from None
+
+
+_typed = _Typed()
 
 
 def _optional(call: Callable[[], T]) -> T | None:
     """The value, or None where this GPU or driver has none; a GPU that is gone still raises."""
     try:
-        with _typed():
+        with _typed:
             return call()
     except (GpuLost, GpuUnresponsive):
         raise
@@ -115,19 +120,19 @@ class NvmlDriver:
             raise DriverUnavailable(f"the NVIDIA driver does not answer: {error}") from None
 
     def version(self) -> str:
-        with _typed():
+        with _typed:
             return str(pynvml.nvmlSystemGetDriverVersion())
 
     def count(self) -> int:
-        with _typed():
+        with _typed:
             return int(pynvml.nvmlDeviceGetCount())
 
     def open_index(self, index: int) -> NvmlDevice:
-        with _typed():
+        with _typed:
             return NvmlDevice(pynvml.nvmlDeviceGetHandleByIndex(index))
 
     def open_uuid(self, uuid: str) -> NvmlDevice:
-        with _typed():
+        with _typed:
             device = NvmlDevice(pynvml.nvmlDeviceGetHandleByUUID(uuid))
         if device.uuid != uuid:
             raise GpuLost(f"NVML: asked for {uuid}, got {device.uuid}")
@@ -139,7 +144,7 @@ class NvmlDevice:
 
     def __init__(self, handle: object) -> None:
         self._handle = handle
-        with _typed():
+        with _typed:
             self._uuid = str(pynvml.nvmlDeviceGetUUID(handle))
 
     @property
@@ -148,7 +153,7 @@ class NvmlDevice:
 
     def facts(self) -> GpuFacts:
         handle = self._handle
-        with _typed():
+        with _typed:
             index = int(pynvml.nvmlDeviceGetIndex(handle))
             name = str(pynvml.nvmlDeviceGetName(handle))
         memory = _optional(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
@@ -217,39 +222,39 @@ class NvmlDevice:
 
     def use(self) -> GpuUse:
         handle = self._handle
-        with _typed():
+        with _typed:
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
         # Version 2 tells memory in use apart from what the driver itself reserves.
         memory = _optional(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))
         if memory is None:
-            with _typed():
+            with _typed:
                 memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         return GpuUse(frozenset(int(process.pid) for process in processes), int(memory.used))
 
     def sm_mhz(self) -> int:
-        with _typed():
+        with _typed:
             return int(pynvml.nvmlDeviceGetClockInfo(self._handle, pynvml.NVML_CLOCK_SM))
 
     def lock_clocks_mhz(self, min_mhz: int, max_mhz: int) -> None:
-        with _typed():
+        with _typed:
             pynvml.nvmlDeviceSetGpuLockedClocks(self._handle, min_mhz, max_mhz)
 
     def reset_clocks(self) -> None:
-        with _typed():
+        with _typed:
             pynvml.nvmlDeviceResetGpuLockedClocks(self._handle)
 
     def lock_memory_clocks_mhz(self, min_mhz: int, max_mhz: int) -> None:
-        with _typed():
+        with _typed:
             pynvml.nvmlDeviceSetMemoryLockedClocks(self._handle, min_mhz, max_mhz)
 
     def reset_memory_clocks(self) -> None:
-        with _typed():
+        with _typed:
             pynvml.nvmlDeviceResetMemoryLockedClocks(self._handle)
 
     def power_limit_w(self) -> float:
-        with _typed():
+        with _typed:
             return float(pynvml.nvmlDeviceGetPowerManagementLimit(self._handle)) / 1000
 
     def set_power_limit_w(self, limit_w: float) -> None:
-        with _typed():
+        with _typed:
             pynvml.nvmlDeviceSetPowerManagementLimit(self._handle, round(limit_w * 1000))

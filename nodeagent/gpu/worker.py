@@ -35,7 +35,6 @@ class GpuWorker:
         self,
         driver: GpuDriver,
         index: int,
-        deadline_s: float,
         carriers: Carriers,
         on_health: Callable[[GpuWorker], None] | None = None,
         taken: Callable[[str], bool] = lambda uuid: False,
@@ -50,7 +49,6 @@ class GpuWorker:
         self.generation = 0
         """Rises whenever what was written to the GPU may have been lost; earlier writes then count as unknown."""
         self._driver = driver
-        self._deadline_s = deadline_s
         self._on_health = on_health
         self._taken = taken
         self._device: GpuDevice | None = None
@@ -62,7 +60,7 @@ class GpuWorker:
         """First contact. Never raises: a GPU that does not answer is left unhealthy and looked for again."""
         self.recover()
         if self._probe is not None:
-            await asyncio.wait([self._probe], timeout=OPEN_DEADLINE_FACTOR * self._deadline_s)
+            await asyncio.wait([self._probe], timeout=OPEN_DEADLINE_FACTOR * self._carriers.deadline_s)
             if not self._probe.done():
                 self._set_health(GpuHealth.UNRESPONSIVE, "the driver does not answer")
 
@@ -73,9 +71,10 @@ class GpuWorker:
         if self.health is GpuHealth.LOST:
             raise GpuLost(self.detail)
         try:
-            return await self._do(lambda: job(self._opened()), self._deadline_s)
+            return await self._do(lambda: job(self._opened()))
         except TimeoutError:
-            self._set_health(GpuHealth.UNRESPONSIVE, f"no answer from the driver within {self._deadline_s:g} s")
+            detail = f"no answer from the driver within {self._carriers.deadline_s:g} s"
+            self._set_health(GpuHealth.UNRESPONSIVE, detail)
             self.recover()
             raise GpuUnresponsive(self.detail) from None
         except GpuLost as error:
@@ -115,7 +114,7 @@ class GpuWorker:
             return device, device.facts()
 
         try:
-            device, facts = await self._do(find, None)
+            device, facts = await self._do(find, bounded=False)
         except Exception as error:
             self._set_health(GpuHealth.LOST, str(error) or repr(error))
             return
@@ -132,18 +131,14 @@ class GpuWorker:
             raise GpuLost("not opened yet")
         return self._device
 
-    async def _do(self, work: Callable[[], T], deadline_s: float | None) -> T:
-        """Runs `work` in the GPU's lane. Raises what it raises, and TimeoutError."""
-        loop = asyncio.get_running_loop()
-        job = Job(work, loop)
+    async def _do(self, work: Callable[[], T], bounded: bool = True) -> T:
+        """Runs `work` in the GPU's lane. Raises what it raises, and TimeoutError if it is bounded."""
+        job = Job(work, asyncio.get_running_loop(), bounded)
         self._carriers.ask(self._lane, job)
-        timer = None if deadline_s is None else loop.call_later(deadline_s, job.expire)
         try:
             result: T = await job.answer
             return result
         finally:
-            if timer is not None:
-                timer.cancel()
             job.claim.acquire(blocking=False)  # one that has not begun never will
 
     def _set_health(self, health: GpuHealth, detail: str) -> None:

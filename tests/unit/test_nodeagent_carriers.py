@@ -12,19 +12,22 @@ import pytest
 from nodeagent.gpu.carriers import Carriers, Job, Lane
 
 LANES = 8
+DEADLINE_S = 60.0  # beyond anything here, also on a machine that is busy
 
 
 class Road:
     """Lanes under test, with what their calls saw."""
 
-    def __init__(self) -> None:
-        self.carriers = Carriers()
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+        self.carriers = Carriers(deadline_s)
         self.lanes = [self.carriers.lane() for _ in range(LANES)]
         self.inside = [0] * LANES
         self.seen: list[list[int]] = [[] for _ in range(LANES)]
         self.together = False
 
-    def ask(self, lane: int, number: int, wait: threading.Event | None = None, take_s: float = 0.0) -> Job:
+    def ask(
+        self, lane: int, number: int, wait: threading.Event | None = None, take_s: float = 0.0, bounded: bool = True
+    ) -> Job:
         def work() -> int:
             self.inside[lane] += 1
             self.together |= self.inside[lane] > 1
@@ -36,7 +39,7 @@ class Road:
             self.inside[lane] -= 1
             return number
 
-        job = Job(work, asyncio.get_running_loop())
+        job = Job(work, asyncio.get_running_loop(), bounded)
         self.carriers.ask(self.lanes[lane], job)
         return job
 
@@ -93,8 +96,33 @@ async def test_whatever_hangs_the_other_lanes_go_on(seed: int) -> None:
     road.close()
 
 
+@pytest.mark.parametrize("others", [0, 1, LANES - 2])
+async def test_the_deadline_is_for_those_that_have_one(others: int) -> None:
+    road = Road(deadline_s=0.02)
+    gate = threading.Event()
+    bounded = [road.ask(lane, lane, wait=gate) for lane in range(1 + others)]
+    free = road.ask(LANES - 1, 7, wait=gate, bounded=False)
+    await asyncio.wait([job.answer for job in bounded], timeout=20)
+    assert all(isinstance(job.answer.exception(), TimeoutError) for job in bounded)
+    assert not free.answer.done()
+    gate.set()
+    assert await asyncio.wait_for(free.answer, 20) == 7
+    road.close()
+
+
+async def test_a_deadline_holds_for_one_that_is_asked_alone() -> None:
+    road = Road(deadline_s=0.02)
+    gate = threading.Event()
+    alone = road.ask(0, 1, wait=gate)
+    await asyncio.wait([alone.answer], timeout=20)
+    assert isinstance(alone.answer.exception(), TimeoutError)
+    assert not road.lanes[0].idle
+    gate.set()
+    road.close()
+
+
 async def test_a_quick_round_is_carried_by_one_thread() -> None:
-    carriers = Carriers()
+    carriers = Carriers(DEADLINE_S)
     lanes = [carriers.lane() for _ in range(LANES)]
     names: list[int] = []
 

@@ -330,6 +330,21 @@ async def test_the_loop_restores_by_itself_at_expiry(rig: Rig) -> None:
     assert gpu(rig).lock_mhz is None
 
 
+@pytest.mark.parametrize("case", ["ends before the loop looks again", "fails"])
+async def test_the_loop_is_woken_for_what_would_have_to_wait_for_it(rig: Rig, case: str) -> None:
+    loop = asyncio.create_task(rig.controls.run())
+    assert (await rig.lock()).code is Code.APPLIED
+    await asyncio.sleep(0)
+    rig.clock.advance(0.1)
+    if case == "fails":
+        gpu(rig).fault = GpuError("busy")
+    await rig.lock(1005, ttl_s=15.0 if case == "fails" else 0.3)
+    for _ in range(50):  # turns of the loop, not seconds: it is asleep for one
+        await asyncio.sleep(0)
+    loop.cancel()
+    assert rig.controls.last_beat_s == rig.clock.monotonic_s()
+
+
 class TestNextStart:
     """A new agent over the GPUs and files of one that died."""
 
