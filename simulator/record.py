@@ -57,7 +57,8 @@ class Recorder:
     layout: str = ""
     _before: dict[str, tuple[float, float, tuple[tuple[str, int, int], ...]]] = field(default_factory=dict)
     _empty_since: dict[str, float] = field(default_factory=dict)
-    _held: dict[str, int] = field(default_factory=dict)
+    _held: dict[str, int] = field(default_factory=dict)  # GPUs by node
+    _held_gpus: int = 0  # of all nodes
     _clocks_mhz: dict[str, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class Recorder:
     def node_seen(self, seen: NodeObservation, held: Iterable[tuple[str, int, int]]) -> None:
         """`held`: pool, TP and clock of its instances."""
         name, at_s, now = seen.node_id, seen.observed_at_s, tuple(held)
-        joules = sum(gpu.energy_j for gpu in seen.gpus if gpu.energy_j is not None)
+        joules = sum([gpu.energy_j for gpu in seen.gpus if gpu.energy_j is not None])
         before = self._before.get(name)
         if before is not None:
             self._add(before, at_s, joules)
@@ -77,9 +78,11 @@ class Recorder:
                 self.empty_s.append((since_s, at_s))
         else:
             self._empty_since.setdefault(name, at_s)
-        self._held[name] = sum(tp for _, tp, _ in now)
+        held_gpus = sum([tp for _, tp, _ in now])
+        self._held_gpus += held_gpus - self._held.get(name, 0)
+        self._held[name] = held_gpus
         if self.open_s <= at_s <= self.close_s:
-            self.peak_gpus = max(self.peak_gpus, sum(self._held.values()))
+            self.peak_gpus = max(self.peak_gpus, self._held_gpus)
 
     def _add(self, before: tuple[float, float, tuple[tuple[str, int, int], ...]], at_s: float, joules: float) -> None:
         since_s, joules_before, held = before
@@ -188,13 +191,14 @@ class RecordedCore(Core):
             self._recorder.node_seen(event.observation, self._instances(event.observation.instances, event.observation))
         if not self._recorder.layout and now.monotonic_s >= self._recorder.open_s and self.state.pools:
             self._recorder.layout = say_counts(self.state.layout.counts())
-        self._recorder.effects_seen(step, now.monotonic_s)
+        if step.effects:
+            self._recorder.effects_seen(step, now.monotonic_s)
         return step
 
     def _instances(
         self, instances: Iterable[InstanceObservation], node: NodeObservation
     ) -> Iterable[tuple[str, int, int]]:
-        clocks = {gpu.uuid: gpu.sm_mhz for gpu in node.gpus}
+        clocks = {gpu.uuid: gpu.sm_mhz for gpu in node.gpus} if node.instances else {}
         for instance in instances:
             if instance.state in HOLDS_GPUS:
                 mhz = clocks.get(instance.gpu_uuids[0]) or self.state.profile.full_mhz

@@ -70,7 +70,7 @@ DEFECTS: dict[str, Defect] = {
         "controller.loop.instance", "_publish", "turn.effects.insert(position, ", "turn.effects.insert(999, "
     ),
     "silence counts as the load that was expected once": Defect(
-        "controller.loop.instance", "reconcile", "if rates is None and step.kind in _TAKES_AWAY:", "if False:"
+        "controller.loop.instance", "_take_steps", "if rates is None and step.kind in _TAKES_AWAY:", "if False:"
     ),
     "a start on a GPU that is ill": Defect(
         "controller.policy.transition", "_grow", "sorted(set(planned.gpu_uuids) - usable_gpus)", "[]"

@@ -127,11 +127,21 @@ def _profile(state: State) -> Iterator[Metric]:
     for (pool, tp), factor in sorted(dict(state.corrections).items()):
         correction.add_metric([pool, str(tp)], factor)
     yield correction
+    pace = GaugeMetricFamily(
+        "dynamollm_profile_pace_ratio",
+        "How many times as long as the profile says engines are taken to need; absent where it is believed.",
+        labels=["pool"],
+    )
+    for pool, factor in sorted(dict(state.paces).items()):
+        pace.add_metric([pool], factor)
+    yield pace
     drifted = GaugeMetricFamily(
         "dynamollm_profile_drifted", "1 where the profile must be measured again.", labels=["pool", "tensor_parallel"]
     )
     for pool, tp in sorted(set(state.drifted)):
         drifted.add_metric([pool, str(tp)], 1.0)
+    for pool in sorted(set(state.pace_drifted)):
+        drifted.add_metric([pool, "all"], 1.0)
     yield drifted
     yield GaugeMetricFamily(
         "dynamollm_profile_valid",

@@ -43,6 +43,9 @@ class Step:
     effects: tuple[Effect, ...]
 
 
+_NOTHING = Step((), ())
+
+
 class Core:
     """The hierarchical controller of one model's fleet."""
 
@@ -118,6 +121,8 @@ class Core:
                     pool.tick(turn, name, why)
 
     def _step(self, turn: Turn) -> Step:
+        if not turn.effects and not turn.decisions:  # nearly all observations
+            return _NOTHING
         effects = modes.allowed(turn.state, turn.effects)
         ids = tuple(effect.effect_id for effect in effects)
         return Step(tuple(replace(decision, effects=ids) for decision in turn.decisions), tuple(effects))
@@ -172,14 +177,14 @@ class Core:
         if back:
             self._plan_now(turn, "node_back")
         # A change of any instance's state is acted on at once, not at the next tick.
-        if before is None or _states(before) != _states(seen):
+        if before is None or _changed(before, seen):
             for observed in seen.instances:
                 if observed.state is InstanceState.FAILED and _states(before).get(observed.instance_id) not in (
                     None,
                     InstanceState.FAILED,
                 ):
                     state.failures[observed.instance_id] = state.failures.get(observed.instance_id, 0) + 1
-            instance.reconcile(turn)
+            instance.reconcile_now(turn)
 
     def _effect_done(self, turn: Turn, done: EffectDone) -> None:
         state = turn.state
@@ -209,7 +214,7 @@ class Core:
             cluster.on_solution(turn, pending, done.solution)
         elif pool.on_solution(turn, pending, done.solution) and self._may_ask_cluster(turn):
             cluster.tick(turn, "capacity_needed")
-        instance.reconcile(turn)
+        instance.reconcile_now(turn)
 
     def _may_ask_cluster(self, turn: Turn) -> bool:
         """A pool may call for a cluster plan at most once per pool period, or an overload would plan without end."""
@@ -235,6 +240,11 @@ def _sensible(seen: NodeObservation) -> NodeObservation:
 
 def _can_be(reading: float | None) -> bool:
     return reading is None or 0 <= reading < inf
+
+
+def _changed(before: NodeObservation, seen: NodeObservation) -> bool:
+    """Whether any instance came, went or entered another state."""
+    return bool(before.instances or seen.instances) and _states(before) != _states(seen)
 
 
 def _states(node: NodeObservation | None) -> dict[str, InstanceState]:

@@ -6,7 +6,8 @@ sets clocks, and it never shrinks capacity on its own: drains and stops only car
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from controller.domain.classes import ClassGroup, RequestClass
@@ -23,11 +24,12 @@ from controller.fleet.port import (
     PublishRouting,
     ReleaseCaps,
     ReleaseClocks,
+    RoutedPool,
     RoutingTable,
     StartInstance,
     StopInstance,
 )
-from controller.loop import caps, emergency, modes, serving
+from controller.loop import caps, emergency, modes, pace, serving
 from controller.loop.planning import drop_from_layout, lay_out, say_counts
 from controller.loop.state import ActingStep, ChosenClock, PoolPlan, Turn, plan_json, rates_json
 from controller.policy.frequency import (
@@ -53,12 +55,16 @@ from controller.policy.transition import (
 
 # States in which an instance may still have work and so needs a chosen clock.
 _WORKING = (InstanceState.READY, InstanceState.DRAINING)
+_GONE = (InstanceState.STOPPED, InstanceState.FAILED)
+_UP = (InstanceState.STARTING, InstanceState.WARMING, InstanceState.READY)
+_TOLD = {StepKind.DRAIN.value: InstanceState.DRAINING, StepKind.STOP.value: InstanceState.STOPPING}
 _TAKES_AWAY = (StepKind.DRAIN, StepKind.RELABEL)
 _OF_WHAT_IS_SEEN = (StepKind.DRAIN, StepKind.STOP)
 
 
 def tick(turn: Turn) -> None:
     """One fast tick: who serves, steps, routing, clocks."""
+    pace.look(turn)
     rates = serving.with_bursts(turn, serving.pool_rates(turn, turn.state.settings.load_window_s))
     emergency.look(turn)
     serving.choose(turn, rates)
@@ -72,13 +78,53 @@ def tick(turn: Turn) -> None:
 # ------------------------------------------------------------------------------------------------ transitions
 
 
-def reconcile(turn: Turn, renew: bool = False) -> None:
+def reconcile_now(turn: Turn) -> None:
+    """Between two ticks: those that take over the load of others do not wait for the next tick's clocks."""
+    if reconcile(turn):
+        _set_clocks(turn, serving.with_bursts(turn, serving.pool_rates(turn, turn.state.settings.load_window_s)))
+
+
+def reconcile(turn: Turn, renew: bool = False) -> bool:
     """Takes the next steps from what is there to what is wanted, then publishes the routing if it changed. `renew`:
-    also when it carries orders, which would expire."""
+    also when it carries orders, which would expire. True when a pool has less to serve its load with than before."""
     state, now_s = turn.state, turn.now.monotonic_s
     if not state.may_act(now_s):
-        return
+        return False
     modes.hold_untouched(state)
+    before, position = state.routing, len(turn.effects)
+    if not stands(turn):
+        _take_steps(turn)
+    _publish(turn, position, renew)
+    return before is not None and state.routing is not None and _narrowed(before.pools, state.routing.pools)
+
+
+def _narrowed(before: Iterable[RoutedPool], after: Iterable[RoutedPool]) -> bool:
+    there = {pool.name: _open_weight(pool) for pool in after}
+    return any(there.get(pool.name, 0.0) < _open_weight(pool) for pool in before)
+
+
+def _open_weight(pool: RoutedPool) -> float:
+    return sum(instance.weight for instance in pool.instances if instance.accepts_new)
+
+
+def stands(turn: Turn) -> bool:
+    """True when what is there is what is wanted, as it nearly always is: there is no step to be looked for."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    wanted = state.layout.by_id()
+    ready = 0
+    for node_id, instance in state.instances().values():
+        if instance.state in _GONE or state.is_lost(node_id, now_s):
+            continue
+        planned = wanted.get(instance.instance_id)
+        if instance.state is not InstanceState.READY or planned is None or planned.pool != state.pool_of(instance):
+            return False
+        ready += 1
+    return ready == len(wanted)
+
+
+def _take_steps(turn: Turn) -> None:
+    """Begins the steps that may be taken now; where there is no way, what is there is wanted from now on instead."""
+    state, now_s = turn.state, turn.now.monotonic_s
     actual = _actual(turn)
     rates = state.load.rates_rps(now_s, state.settings.load_window_s)
     transition = next_steps(
@@ -97,7 +143,6 @@ def reconcile(turn: Turn, renew: bool = False) -> None:
     if transition.given_up:
         drop_from_layout(state, transition.given_up)
         lay_out(state, turn.now)
-    before = len(turn.effects)
     busy = {(acting.kind, acting.instance_id) for acting in state.acting.values()}
     starting = sum(1 for a in actual if a.state in (InstanceState.STARTING, InstanceState.WARMING))
     for step in transition.steps:
@@ -117,7 +162,6 @@ def reconcile(turn: Turn, renew: bool = False) -> None:
                     continue
                 starting += 1
             _act(turn, step)
-    _publish(turn, before, renew)
 
 
 def _stand_still(turn: Turn, actual: tuple[ActualInstance, ...]) -> None:
@@ -156,20 +200,26 @@ def _stand_still(turn: Turn, actual: tuple[ActualInstance, ...]) -> None:
 
 def _actual(turn: Turn) -> tuple[ActualInstance, ...]:
     state, now_s = turn.state, turn.now.monotonic_s
-    return tuple(
-        ActualInstance(
-            instance.instance_id,
-            state.pool_of(instance),
-            node_id,
-            instance.gpu_uuids,
-            instance.state,
-            instance.running,
-            instance.waiting,
-            state.failures.get(instance.instance_id, 0),
+    told = {acting.instance_id: _TOLD[acting.kind] for acting in state.acting.values() if acting.kind in _TOLD}
+    found = []
+    for node_id, seen in state.instances().values():
+        if state.is_lost(node_id, now_s):
+            continue
+        # What was told to go is on its way, although its node has not shown it yet; what it had to do then is past.
+        going = told.get(seen.instance_id) if seen.state in _UP else None
+        found.append(
+            ActualInstance(
+                seen.instance_id,
+                state.pool_of(seen),
+                node_id,
+                seen.gpu_uuids,
+                going or seen.state,
+                None if going else seen.running,
+                None if going else seen.waiting,
+                state.failures.get(seen.instance_id, 0),
+            )
         )
-        for node_id, instance in state.instances().values()
-        if not state.is_lost(node_id, now_s)
-    )
+    return tuple(found)
 
 
 def _capacity(turn: Turn, rates: Mapping[RequestClass, float] | None) -> CapacityModel:
@@ -230,13 +280,14 @@ def _publish(turn: Turn, position: int, renew: bool) -> None:
     state = turn.state
     if not state.pools:
         return
+    stopping = {acting.instance_id for acting in state.acting.values() if acting.kind == StepKind.STOP.value}
     working = [
         RoutableInstance(
             instance.instance_id,
             state.pool_of(instance),
             instance.endpoint,
             instance.tp,
-            accepts_new=serving.serves(state, instance),
+            accepts_new=serving.serves(state, instance) and instance.instance_id not in stopping,
         )
         for _, instance in state.instances().values()
         if instance.state in _WORKING and instance.endpoint
@@ -291,6 +342,7 @@ def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
         for instance in sorted(node.instances, key=lambda instance: instance.instance_id)
         if instance.state in _WORKING and state.mode_of(state.pool_of(instance), node.node_id) is not Mode.PAUSED
     }
+    told = functools.cache(lambda: _class_rates(turn))  # the same for all, and only where a clock changes
     settings = ClockSettings(fill=state.settings.serve_fill, caps=not (state.budgets or state.caps))
     chosen = caps.choose_within(state, seen, asks, settings)
     for node in seen:
@@ -310,7 +362,7 @@ def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
                 continue
             if instance.instance_id not in asks:
                 continue
-            mhz = _take(turn, instance, asks[instance.instance_id], chosen[instance.instance_id], settings)
+            mhz = _take(turn, instance, asks[instance.instance_id], chosen[instance.instance_id], settings, told)
             if mhz is not None:
                 targets.append(ClockTarget(instance.gpu_uuids, mhz))
             elif had is None or had.mhz is not None:  # seen for the first time it may have a predecessor's lock
@@ -400,10 +452,20 @@ def _ask(
     return ClockAsk(pool, instance.tp, load, (had.mhz or state.profile.full_mhz) if had else None)
 
 
+def _class_rates(turn: Turn) -> dict[str, float] | None:
+    rates = turn.state.load.rates_rps(turn.now.monotonic_s, turn.state.settings.load_window_s)
+    return rates_json(rates) if rates is not None else None
+
+
 def _take(
-    turn: Turn, instance: InstanceObservation, ask: ClockAsk, choice: ClockChoice, settings: ClockSettings
+    turn: Turn,
+    instance: InstanceObservation,
+    ask: ClockAsk,
+    choice: ClockChoice,
+    settings: ClockSettings,
+    told: Callable[[], dict[str, float] | None],
 ) -> int | None:
-    """The clock for one instance, None for unlocked; records a decision when it changes."""
+    """The clock for one instance, None for unlocked; records a decision when it changes, with the rates of `told`."""
     state, now_s = turn.state, turn.now.monotonic_s
     had = state.clocks.get(instance.instance_id)
     fit = caps.fit_of(state, instance)
@@ -418,7 +480,7 @@ def _take(
     mhz = choice.mhz if choice.mhz < state.profile.full_mhz else None
     if had is None or (had.mhz, had.cap_w) != (mhz, choice.cap_w) or had.reason is not choice.reason:
         lost = () if stands_by else explain_clock(fit, ask, choice, settings)
-        _record(turn, instance, ask, had, choice, lost)
+        _record(turn, instance, ask, had, choice, lost, told())
         state.clocks[instance.instance_id] = ChosenClock(mhz, choice.reason, now_s, choice.cap_w)
     return mhz
 
@@ -430,10 +492,10 @@ def _record(
     had: ChosenClock | None,
     choice: ClockChoice,
     alternatives: tuple[ClockAlternative, ...],
+    class_rates_rps: dict[str, float] | None,
 ) -> None:
     state, pool, load = turn.state, ask.group, ask.load
     plan = state.pools.get(pool)
-    rates = state.load.rates_rps(turn.now.monotonic_s, state.settings.load_window_s)
     watts = f"{choice.predicted_power_w:.0f} W predicted" if choice.predicted_power_w is not None else "power unknown"
     held = f"{choice.mhz} MHz" if choice.cap_w is None else f"a power cap of {choice.cap_w:.0f} W per GPU"
     turn.decide(
@@ -451,7 +513,8 @@ def _record(
             "kv_usage_ratio": load.kv_usage_ratio,
             "current_mhz": had.mhz if had else None,
             **({"cap_w": caps.cap_w(state, instance)} if state.caps else {}),
-            "class_rates_rps": rates_json(rates) if rates is not None else None,
+            **({"pace": state.paces[pool]} if pool in state.paces else {}),
+            "class_rates_rps": class_rates_rps,
             "profile": state.profile_checksum,
         },
         outcome={

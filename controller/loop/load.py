@@ -7,11 +7,12 @@ is a gap, which is unknown, not zero. Bounded: windows older than `keep_s` are d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import inf
 
-from controller.domain.classes import RequestClass
+from controller.domain.classes import ALL_CLASSES, RequestClass
 from controller.fleet.port import ClassCounters, LoadObservation, QueueObservation
 
 ZERO = ClassCounters()
@@ -38,11 +39,16 @@ class LoadWindow:
     refused: Mapping[str, int] = field(default_factory=dict)  # by pool, for whatever reason
 
 
-@dataclass(slots=True)
+@dataclass
 class LoadBook:
+    """Its fields are all that is remembered of it; the running sums beside them follow from the windows."""
+
     keep_s: float
     windows: deque[LoadWindow] = field(default_factory=deque)
     _last: dict[str, LoadObservation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._sums = _RunningSums()
 
     def add(self, report: LoadObservation) -> LoadWindow | None:
         """Takes a report; returns the window it closes, None for a gateway's first report of an epoch."""
@@ -112,19 +118,14 @@ class LoadBook:
 
     def mean_tokens(self, now_s: float, window_s: float) -> dict[RequestClass, tuple[float, float]]:
         """Mean (input, output) tokens per class over the last `window_s`, where both were seen."""
-        sums: dict[RequestClass, list[int]] = {}
+        since_s, found = now_s - window_s, 0
         for window in reversed(self.windows):
-            if window.end_s <= now_s - window_s:
+            if window.end_s <= since_s:
                 break
-            for request_class, counts in window.classes.items():
-                total = sums.setdefault(request_class, [0, 0, 0, 0])
-                total[0] += counts.arrived
-                total[1] += counts.input_tokens
-                total[2] += counts.completed
-                total[3] += counts.output_tokens
+            found += 1
         return {
             request_class: (tokens_in / arrived, tokens_out / completed)
-            for request_class, (arrived, tokens_in, completed, tokens_out) in sums.items()
+            for request_class, (arrived, tokens_in, completed, tokens_out) in self._sums.of_last(found, self.windows)
             if arrived and completed
         }
 
@@ -148,6 +149,53 @@ class LoadBook:
                 have = summed.get(pool)
                 summed[pool] = queue if have is None else _add(have, queue)
         return summed
+
+
+class _RunningSums:
+    """What the windows up to each one hold, by class, so that the sum over the last ones is one difference. Counts are
+    whole numbers: it is exact."""
+
+    def __init__(self) -> None:
+        self._newest: LoadWindow | None = None
+        # Before the first window, and after each: arrived, input tokens, completed and output tokens of every class.
+        self._upto: deque[tuple[int, ...]] = deque([(0,) * (4 * len(ALL_CLASSES))])
+
+    def of_last(
+        self, found: int, windows: deque[LoadWindow]
+    ) -> Iterator[tuple[RequestClass, tuple[int, int, int, int]]]:
+        """The sums over the last `found` of the windows, by class; empty without any."""
+        if not found:
+            return
+        self._catch_up(windows)
+        before, after = self._upto[-1 - found], self._upto[-1]
+        for request_class, at in _POSITIONS.items():
+            yield (
+                request_class,
+                (
+                    after[at] - before[at],
+                    after[at + 1] - before[at + 1],
+                    after[at + 2] - before[at + 2],
+                    after[at + 3] - before[at + 3],
+                ),
+            )
+
+    def _catch_up(self, windows: deque[LoadWindow]) -> None:
+        added = list(takewhile(lambda window: window is not self._newest, reversed(windows)))
+        for window in reversed(added):
+            sums = list(self._upto[-1])
+            for request_class, counts in window.classes.items():
+                at = _POSITIONS[request_class]
+                sums[at] += counts.arrived
+                sums[at + 1] += counts.input_tokens
+                sums[at + 2] += counts.completed
+                sums[at + 3] += counts.output_tokens
+            self._upto.append(tuple(sums))
+        self._newest = windows[-1]
+        while len(self._upto) > len(windows) + 1:
+            self._upto.popleft()
+
+
+_POSITIONS = {request_class: 4 * number for number, request_class in enumerate(ALL_CLASSES)}
 
 
 def _fell(before: LoadObservation, report: LoadObservation) -> bool:

@@ -1,8 +1,8 @@
-"""The profile as it is used: its curves under the knobs, corrected by what live power has shown, or not at all while
-engines run that it was not measured on.
+"""The profile as it is used: its curves under the knobs, corrected by what live power and the engines' pace have
+shown, or not at all while engines run that it was not measured on.
 
-Corrections and foreign engines come as orders from beside the core (loop/measured.py, the runtime); they are inputs
-like any other, stand in the state and are recorded.
+Corrections of power and foreign engines come as orders from beside the core (loop/measured.py, the runtime); they are
+inputs like any other, stand in the state and are recorded. The pace is the core's own finding (loop/pace.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from controller.loop.state import State, Turn
 from controller.policy.milp.columns import build_columns
 from controller.policy.milp.problem import Column
 from controller.profile.fit import ProfileFit, fit
+from controller.profile.pace import slowed
 from controller.profile.table import Profile
 
 PROFILE_LINE = "profile"  # its key beside the levels' sentences
@@ -34,8 +35,8 @@ def columns_of(settings: LoopSettings, curves: ProfileFit) -> tuple[Column, ...]
 
 
 def refit(state: State) -> None:
-    """Makes curves and columns anew from profile, knobs and corrections."""
-    state.fit = curves_of(state.settings, state.profile).corrected(state.corrections)
+    """Makes curves and columns anew from profile, knobs, pace and corrections."""
+    state.fit = slowed(curves_of(state.settings, state.profile), state.paces).corrected(state.corrections)
     state.columns = columns_of(state.settings, state.fit)
     state.capped_fits.clear()
 
@@ -101,10 +102,18 @@ def status_line(state: State) -> str:
         return f"invalid: the fleet runs {', '.join(state.foreign_engines)}; {RECALIBRATE}"
     parts = [f"{_say(kind)} {factor - 1:+.1%}" for kind, factor in sorted(state.corrections.items())]
     text = f"power corrected: {', '.join(parts)}" if parts else ""
-    if state.drifted:
-        names = ", ".join(_say(kind) for kind in sorted(state.drifted))
+    if state.paces:
+        text += f"{'; ' if text else ''}slower than measured: {say_paces(state)}"
+    if state.drifted or state.pace_drifted:
+        names = ", ".join([*(_say(kind) for kind in sorted(state.drifted)), *sorted(state.pace_drifted)])
         text += f"{'; ' if text else ''}drifted for {names}: {RECALIBRATE}"
     return text
+
+
+def say_paces(state: State) -> str:
+    if len(state.paces) == len(state.profile.groups) and len(set(state.paces.values())) == 1:
+        return f"every pool {next(iter(state.paces.values())) - 1:+.1%}"
+    return ", ".join(f"{pool} {factor - 1:+.1%}" for pool, factor in sorted(state.paces.items()))
 
 
 def _say(kind: tuple[str, int]) -> str:

@@ -57,7 +57,7 @@ def restore(state: State, data: dict[str, Any]) -> None:
         raise ValueError(f"a snapshot of another version: {sorted(names ^ set(data['state']))} differ")
     for name, value in data["state"].items():
         setattr(state, name, decode(hints[name], value))
-    if state.corrections:
+    if state.corrections or state.paces:
         refit(state)
 
 

@@ -22,6 +22,7 @@ from controller.policy.emergency import Ladder
 from controller.policy.milp.problem import Column, PlanProblem
 from controller.policy.provision import NodePower
 from controller.profile.fit import ProfileFit
+from controller.profile.pace import PaceBook
 from controller.profile.table import Profile
 
 
@@ -173,6 +174,10 @@ class State:
     corrections: dict[tuple[str, int], float] = field(default_factory=dict)
     drifted: set[tuple[str, int]] = field(default_factory=set)
     foreign_engines: tuple[str, ...] = ()
+    # How many times as long as the profile says engines take, by pool, and what that is estimated from (loop/pace.py).
+    paces: dict[str, float] = field(default_factory=dict)
+    pace_drifted: set[str] = field(default_factory=set)
+    pace: PaceBook = field(default_factory=PaceBook)
     # Modes of pools and nodes that are not active (loop/orders.py names the scopes); the cluster's is `mode`.
     modes: dict[str, Mode] = field(default_factory=dict)
     # Power budgets by scope; how often they have changed; those decided on, found out of reach, and held by now.
@@ -268,6 +273,8 @@ class State:
 
     def mode_of(self, pool: str, node_id: str) -> Mode:
         """The most cautious of the modes that apply."""
+        if not self.modes:
+            return self.mode
         return most_cautious(
             self.mode,
             self.modes.get(f"{POOL_PREFIX}{pool}", Mode.ACTIVE),

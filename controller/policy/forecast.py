@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import copysign, isfinite, sqrt
+from functools import lru_cache
+from math import copysign, inf, sqrt
+from operator import mul, truediv
 from typing import NamedTuple
 
 from scipy.special import ndtri
@@ -17,13 +19,12 @@ from scipy.special import ndtri
 LEAST_WINDOW_S = 1e-3  # a shorter one is a clock's artefact
 
 
-@dataclass(frozen=True, slots=True)
-class LoadWindow:
-    """`count` arrivals in the `seconds` that ended at `end_s` (monotonic)."""
+class LoadWindow(NamedTuple):
+    """`arrived` requests in the `seconds` that ended at `end_s` (monotonic)."""
 
     end_s: float
     seconds: float
-    count: int
+    arrived: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,19 @@ def forecast(
     capacity comes early and leaves late. The deviation holds the arrivals' own noise and that of the estimate.
     """
     settings = settings or ForecastSettings()
-    usable = [w for w in windows if _usable(w, now_s, settings)]
+    usable = [
+        (end_s, seconds, arrived)
+        for end_s, seconds, arrived in windows
+        # What is not finite fails one of these.
+        if LEAST_WINDOW_S <= seconds < inf and 0 <= arrived < inf and 0 <= now_s - end_s <= settings.max_age_s
+    ]
     if not usable:
         return None
-    observed = sum(w.seconds for w in usable)
+    ends, lengths, counts = zip(*usable, strict=True)
+    rates = list(map(truediv, counts, lengths))
+    observed = sum(lengths)
     memories = (settings.half_life_s, settings.half_life_s * settings.short_memory)
-    lines = [_fit_line(usable, now_s, half_life_s) for half_life_s in memories]
+    lines = [_fit_line(_weighed(ends, lengths, now_s, half_life_s), rates) for half_life_s in memories]
     seen = [_ahead(line, horizon_s, observed, settings) for line in lines]
     return max(seen, key=lambda ahead: (round(ahead.mean_rps, 9), -ahead.std_rps))  # of equal ones the steadier
 
@@ -89,27 +97,62 @@ class _Line(NamedTuple):
     effective_s: float  # seconds of even observation that would know the mean as well
 
 
-def _fit_line(windows: Sequence[LoadWindow], now_s: float, half_life_s: float) -> _Line:
-    """Least squares through the windows' rates; a window weighs its seconds, halved every `half_life_s` of age."""
-    ages = [now_s - w.end_s + w.seconds / 2 for w in windows]
-    rates = [w.count / w.seconds for w in windows]
-    weights = [w.seconds * 0.5 ** (age / half_life_s) for w, age in zip(windows, ages, strict=True)]
-    rows = list(zip(weights, ages, rates, (w.seconds for w in windows), strict=True))
+class _Weighed(NamedTuple):
+    """All of a fit that hangs on when the windows were and not on what they counted, one item per window in lists."""
+
+    seconds: tuple[float, ...]
+    weights: list[float]
+    total: float  # of the weights
+    mean_age: float
+    effective_s: float
+    spread: float
+    lags: list[float]  # age beyond the mean age
+    pulls: list[float]  # weight x lag
+    pulls_squared: list[float]
+    stretched: list[float]  # weight x seconds
+
+
+@lru_cache(maxsize=8)
+def _weighed(ends_s: tuple[float, ...], seconds: tuple[float, ...], now_s: float, half_life_s: float) -> _Weighed:
+    """A window weighs its seconds, halved every `half_life_s` of age. Remembered, since all classes of a gateway are
+    counted in the same windows and asked for one after the other."""
+    ages = [now_s - end_s + length_s / 2 for end_s, length_s in zip(ends_s, seconds, strict=True)]
+    weights = [length_s * 0.5 ** (age / half_life_s) for length_s, age in zip(seconds, ages, strict=True)]
     total = sum(weights)
-    mean_rate = sum(k * r for k, _, r, _ in rows) / total
-    mean_age = sum(k * age for k, age, _, _ in rows) / total
-    effective_s = total * total / sum(k * k / seconds for k, _, _, seconds in rows)
-    spread = sum(k * (age - mean_age) ** 2 for k, age, _, _ in rows)
-    if len(rows) < 3 or spread <= 0 or mean_rate <= 0:
-        return _Line(mean_rate, 0.0, 1.0, effective_s)
-    slope = -sum(k * (age - mean_age) * (r - mean_rate) for k, age, r, _ in rows) / spread
+    mean_age = sum(map(mul, weights, ages)) / total
+    lags = [age - mean_age for age in ages]
+    pulls = list(map(mul, weights, lags))
+    return _Weighed(
+        seconds,
+        weights,
+        total,
+        mean_age,
+        effective_s=total * total / sum(k * k / length_s for k, length_s in zip(weights, seconds, strict=True)),
+        spread=sum(k * lag**2 for k, lag in zip(weights, lags, strict=True)),
+        lags=lags,
+        pulls=pulls,
+        pulls_squared=[pull**2 for pull in pulls],
+        stretched=list(map(mul, weights, seconds)),
+    )
+
+
+def _fit_line(weighed: _Weighed, rates: Sequence[float]) -> _Line:
+    """Least squares through the windows' rates."""
+    total, spread, count = weighed.total, weighed.spread, len(rates)
+    mean_rate = sum(map(mul, weighed.weights, rates)) / total
+    if count < 3 or spread <= 0 or mean_rate <= 0:
+        return _Line(mean_rate, 0.0, 1.0, weighed.effective_s)
+    above = [rate - mean_rate for rate in rates]
+    slope = -sum(map(mul, weighed.pulls, above)) / spread
     # Variance over mean of counts around the line; at least 1 (Poisson), since few windows show too little of it.
-    squares = sum(k * seconds * (r - mean_rate + slope * (age - mean_age)) ** 2 for k, age, r, seconds in rows)
-    dispersion = max(1.0, squares / (total * mean_rate) * len(rows) / (len(rows) - 2))
+    off_line = [(beyond + slope * lag) ** 2 for beyond, lag in zip(above, weighed.lags, strict=True)]
+    squares = sum(map(mul, weighed.stretched, off_line))
+    dispersion = max(1.0, squares / (total * mean_rate) * count / (count - 2))
     # Var(rate of a window) = dispersion * rate / seconds, carried through the sum that makes the slope.
-    slope_variance = sum((k * (age - mean_age)) ** 2 * dispersion * mean_rate / s for k, age, _, s in rows)
+    noise = [pull * dispersion * mean_rate for pull in weighed.pulls_squared]
+    slope_variance = sum(map(truediv, noise, weighed.seconds))
     trend = copysign(max(0.0, abs(slope) - sqrt(slope_variance) / spread), slope)
-    return _Line(mean_rate + trend * mean_age, trend, dispersion, effective_s)
+    return _Line(mean_rate + trend * weighed.mean_age, trend, dispersion, weighed.effective_s)
 
 
 def combine(parts: Iterable[tuple[float, RateForecast]], quantile: float) -> float:
@@ -123,13 +166,3 @@ def combine(parts: Iterable[tuple[float, RateForecast]], quantile: float) -> flo
         variance += (weight * part.std_rps) ** 2
     z = float(ndtri(min(max(quantile, 0.5), 0.9999)))
     return mean + z * sqrt(variance)
-
-
-def _usable(window: LoadWindow, now_s: float, settings: ForecastSettings) -> bool:
-    numbers = (window.end_s, window.seconds, float(window.count))
-    return (
-        all(isfinite(number) for number in numbers)
-        and window.seconds >= LEAST_WINDOW_S
-        and window.count >= 0
-        and 0 <= now_s - window.end_s <= settings.max_age_s
-    )

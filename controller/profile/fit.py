@@ -112,15 +112,25 @@ class ProfileFit:
 
     def max_rate_rps(self, group: str, tp: int) -> float:
         """Largest load in SLO at any clock, in equivalent requests/s of one instance; 0 when there is none."""
-        return max((curve.max_rate_rps for curve in self.clocks(group, tp)), default=0.0)
+        return self._top_rps.get((group, tp), 0.0)
+
+    @cached_property
+    def _top_rps(self) -> Mapping[tuple[str, int], float]:
+        return {key: max((c.max_rate_rps for c in clocks), default=0.0) for key, clocks in self.by_instance.items()}
 
     def idle_power_w(self, tp: int, mhz: int) -> float | None:
         return self.profile.idle_power_w(tp, mhz)
 
     def standby(self, tp: int) -> IdlePoint | None:
         """The clock at which a loaded instance that serves nothing draws least; None where that was not measured."""
-        points = [point for point in self.profile.idle if point.tp == tp]
-        return min(points, key=lambda point: (point.power_w, -point.mhz), default=None)
+        return self._standby.get(tp)
+
+    @cached_property
+    def _standby(self) -> Mapping[int, IdlePoint]:
+        least: dict[int, IdlePoint] = {}
+        for point in sorted(self.profile.idle, key=lambda point: (point.power_w, -point.mhz)):
+            least.setdefault(point.tp, point)
+        return least
 
     def error_ratio(self, group: str, tps: Iterable[int]) -> float:
         """Standard error of the power of instances of these kinds, as a share of it; of the least sure kind."""

@@ -289,7 +289,11 @@ class Profile:
     ) -> float:
         """Equivalent requests/s of a group's mix that the given class rates amount to."""
         tokens = mean_tokens or {}
-        return sum(rate * self.request_weight(group, c, tokens.get(c)) for c, rate in rates_rps.items())
+        mean_work_s = self.mean_work_s(group) if tokens else 0.0  # once for all classes
+        return sum(
+            rate * (self.work.of(*tokens[c]) / mean_work_s if c in tokens else self.request_weight(group, c))
+            for c, rate in rates_rps.items()
+        )
 
     def checksum(self) -> str:
         """SHA-256 over the canonical JSON of everything but itself."""

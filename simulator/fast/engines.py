@@ -130,6 +130,7 @@ class FastEngines:
             np.ascontiguousarray(trace.output_tokens, np.int64),
         )
         self._fleet = np.zeros(1, FLEET)
+        self._now_s = 0.0
         self._fronts = np.zeros(0, FRONT)
         self._instances = np.zeros(0, INSTANCE)
         self._members = np.zeros((MOST_POOLS, 0), MEMBER)
@@ -159,7 +160,7 @@ class FastEngines:
 
     @property
     def now_s(self) -> float:
-        return float(self._fleet["now_s"][0])
+        return self._now_s
 
     @property
     def open(self) -> int:
@@ -183,21 +184,21 @@ class FastEngines:
         return self.now_s
 
     def _serve(self, until_s: float) -> bool:
-        return bool(
-            serve(
-                until_s,
-                self._fleet,
-                self._fronts,
-                self._instances,
-                self._slots,
-                self._tables.cost,
-                self._tables.rates,
-                self.gaps,
-                self.results,
-                self._members,
-                *self._columns,
-            )
+        done = serve(
+            until_s,
+            self._fleet,
+            self._fronts,
+            self._instances,
+            self._slots,
+            self._tables.cost,
+            self._tables.rates,
+            self.gaps,
+            self.results,
+            self._members,
+            *self._columns,
         )
+        self._now_s = float(self._fleet["now_s"][0])  # asked for far more often than it changes
+        return bool(done)
 
     # ------------------------------------------------------------------------------------------ instances
 

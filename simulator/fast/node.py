@@ -186,6 +186,8 @@ class Node:
 
     def copy_out(self) -> list[Hosted]:
         """Those that have drained to sleep begin to copy their weights to host memory."""
+        if not self.instances:
+            return []
         drained = (i for i in self.instances.values() if i.to_sleep and i.state is InstanceState.DRAINING)
         empty = [i for i in drained if not i.copying and self._engines.is_empty(i.row)]
         for hosted in empty:
@@ -265,19 +267,18 @@ class Node:
         return self._parked_s + sum(now_s - gpu.since_s for gpu in self.gpus.values() if not gpu.held)
 
     def observe(self, shown: Shown) -> NodeObservation:
-        now_s = self._engines.now_s
+        now_s, parked_w = self._engines.now_s, self._parked_w
         of = {gpu.uuid: hosted for hosted in self.instances.values() if hosted.row != NONE for gpu in hosted.gpus}
         gpus = []
         for gpu in self.gpus.values():
             hosted = of.get(gpu.uuid)
             if hosted is None:
-                power_w, energy_j = self._parked_w, gpu.energy_j + self._parked_w * (now_s - gpu.since_s)
+                power_w, energy_j, mhz = parked_w, gpu.energy_j + parked_w * (now_s - gpu.since_s), None
             else:
-                power_w, energy_j = shown.power_w[hosted.row], gpu.energy_j + shown.energy_j[hosted.row]
+                row, mhz = hosted.row, hosted.mhz
+                power_w, energy_j = shown.power_w[row], gpu.energy_j + shown.energy_j[row]
             locked_mhz = gpu.lock_mhz if gpu.lock_until_s > now_s else None
-            gpus.append(
-                GpuObservation(gpu.uuid, gpu.index, True, power_w, energy_j, hosted.mhz if hosted else None, locked_mhz)
-            )
+            gpus.append(GpuObservation(gpu.uuid, gpu.index, True, power_w, energy_j, mhz, locked_mhz))
         instances = tuple(
             InstanceObservation(
                 hosted.instance_id,

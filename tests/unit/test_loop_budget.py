@@ -131,9 +131,7 @@ def test_what_it_costs_is_predicted_and_recorded(served: FleetResult) -> None:
         assert 0 < share["served_share"] <= 1
         assert share["carried_rps"] > 0
     plans = [
-        d
-        for d in served.decisions
-        if d.trigger == "budget" and "budget_w" in d.outcome and d.level is Level.CLUSTER
+        d for d in served.decisions if d.trigger == "budget" and "budget_w" in d.outcome and d.level is Level.CLUSTER
     ]
     assert plans, "it was planned anew within the budget"
     assert plans[0].decided_at_s == WALL_AT_ZERO_S + SET_S

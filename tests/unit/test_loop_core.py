@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -31,9 +33,11 @@ from controller.fleet.port import (
     Tick,
 )
 from controller.loop.core import Core, Step
+from controller.loop.instance import stands
 from controller.loop.settings import Knobs, LoopSettings
-from controller.loop.state import Instant
+from controller.loop.state import Instant, Turn
 from controller.policy.milp.plan import plan_for
+from controller.policy.transition import ActualInstance, CapacityModel, next_steps
 from controller.profile.table import SERVING, Actuator, ActuatorRow
 from controller.store.records import PlanRecord
 from tests.synthetic_profile import MODEL, synthetic_profile
@@ -189,6 +193,33 @@ def test_a_silent_agent_stays_in_the_routing() -> None:
     table = bench.core.state.routing
     assert table is not None
     assert [i.instance_id for pool in table.pools for i in pool.instances] == [start.instance_id]
+
+
+def test_where_all_stands_as_wanted_there_is_no_step_to_be_found() -> None:
+    """Every state of a wanted instance, and of one that is not: steps are looked for wherever there are any."""
+    bench = make(nodes=1)
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    bench.see("a", ready(start))
+    state, found = bench.core.state, Counter[bool]()
+    others = [None, *(replace(ready(start), instance_id="other", gpu_uuids=(), state=each) for each in InstanceState)]
+    for mine, pool, other in itertools.product([None, *InstanceState], ("all", "short"), others):
+        seen = [] if mine is None else [replace(ready(start), state=mine, pool=pool)]
+        seen += [] if other is None else [other]
+        state.nodes["a"] = replace(state.nodes["a"], instances=tuple(seen))
+        standing = stands(Turn(Instant(bench.now_s, 1e9), state))
+        actual = tuple(
+            ActualInstance(i.instance_id, state.pool_of(i), "a", i.gpu_uuids, i.state, i.running, i.waiting)
+            for i in seen
+        )
+        usable = frozenset(gpu.uuid for gpu in state.nodes["a"].gpus)
+        steps = next_steps(state.layout, actual, usable, CapacityModel({}, {}, {}))
+        assert not standing or (steps.done and not steps.given_up), (mine, pool, other)
+        found[standing] += 1
+    assert found[True] >= 3, "as wanted; beside what has stopped; beside what has failed"
+    state.nodes["a"] = replace(state.nodes["a"], instances=(ready(start),))
+    bench.wait(61)
+    assert not stands(Turn(Instant(bench.now_s, 1e9), state)), "its node is lost"
 
 
 def test_silence_takes_nothing_away_and_a_drain_comes_after_the_routing() -> None:

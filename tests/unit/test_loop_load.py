@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from controller.domain.classes import RequestClass
 from controller.fleet.port import ClassCounters, LoadObservation, QueueObservation
-from controller.loop.load import LoadBook
+from controller.loop.load import ClassWindow, LoadBook, LoadWindow
 
 SM = RequestClass.parse("SM")
 LL = RequestClass.parse("LL")
@@ -24,6 +26,41 @@ def test_rate_is_the_difference_of_cumulative_counters() -> None:
     book.add(report(12, 1006))
     assert book.rates_rps(12, 10) == {SM: pytest.approx(3.0)}
     assert book.mean_tokens(12, 10) == {SM: (100.0, 10.0)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mean_tokens_are_those_of_the_windows_whatever_was_asked_before(seed: int) -> None:
+    """The book keeps running sums; here everything is added up anew. Reports are lost, gateways restart, and windows
+    come from elsewhere, as in a replay."""
+    draw = random.Random(seed)
+    book = LoadBook(keep_s=60.0)
+    total = {"a": 0, "b": 0}
+    epoch = "1"
+    for second in range(200):
+        if draw.random() < 0.05:
+            epoch, total = f"{second}", {"a": 0, "b": 0}
+        for gateway in total:
+            total[gateway] += draw.randrange(3)
+            if draw.random() < 0.7:
+                book.add(report(float(second), total[gateway], gateway=gateway, epoch=epoch))
+        if draw.random() < 0.05:
+            counts = ClassWindow(2, 1, 0, 1, draw.randrange(900), 7)
+            book.windows.append(LoadWindow("c", float(second), 1.0, {LL: counts, SM: counts}))
+        if draw.random() < 0.3:
+            span_s = draw.choice([1.0, 7.0, 30.0, 500.0])
+            assert book.mean_tokens(float(second), span_s) == _mean_tokens(book, second - span_s)
+
+
+def _mean_tokens(book: LoadBook, since_s: float) -> dict[RequestClass, tuple[float, float]]:
+    counted = [(c, counts) for w in book.windows if w.end_s > since_s for c, counts in w.classes.items()]
+    found = {}
+    for request_class in {c for c, _ in counted}:
+        mine = [counts for c, counts in counted if c == request_class]
+        arrived, completed = sum(w.arrived for w in mine), sum(w.completed for w in mine)
+        if arrived and completed:
+            tokens = sum(w.input_tokens for w in mine), sum(w.output_tokens for w in mine)
+            found[request_class] = (tokens[0] / arrived, tokens[1] / completed)
+    return found
 
 
 def test_a_lost_report_loses_no_load() -> None:

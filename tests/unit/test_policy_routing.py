@@ -74,6 +74,9 @@ def test_dominance_needs_both_dimensions() -> None:
     assert [p.name for p in pools_for(pools, SL)] == ["SL", "ML", "LL"]
     assert [p.name for p in pools_for(pools, ms)] == ["MS", "ML", "LL"]
     assert pools_for(pools[:1], LL) == ()
+    wider = (replace(pools[0], classes=frozenset({SL, LL})), *pools[1:])
+    assert [p.name for p in pools_for(wider, LL)] == ["LL", "SL"], "the same names with other classes are others"
+    assert pools_for(wider, LL)[1] is wider[0]
 
 
 def test_picks_the_least_loaded_by_weight_ties_by_id() -> None:

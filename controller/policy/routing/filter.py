@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from functools import lru_cache
 
 from controller.domain.classes import RequestClass
 from controller.fleet.port import RoutedInstance, RoutedPool
@@ -22,13 +23,21 @@ class Barred(StrEnum):
 def pools_for(pools: Iterable[RoutedPool], request_class: RequestClass) -> tuple[RoutedPool, ...]:
     """The pools that may serve a class, in order of preference: its own first (the most specific one), then those
     that dominate it, the smallest first. Never a pool that does not dominate it."""
+    listed = tuple(pools)
+    order = _preference(tuple((pool.name, pool.classes) for pool in listed), request_class)
+    return tuple(listed[position] for position in order)
+
+
+@lru_cache(maxsize=256)
+def _preference(pools: tuple[tuple[str, frozenset[RequestClass]], ...], request_class: RequestClass) -> tuple[int, ...]:
+    """That order as positions. It follows from names and classes alone, which hardly ever change, and is asked for at
+    every look at the load."""
     ranked = []
-    for pool in pools:
-        larger = [_size(c) for c in pool.classes if c.dominates(request_class)]
+    for position, (name, classes) in enumerate(pools):
+        larger = [_size(c) for c in classes if c.dominates(request_class)]
         if larger:
-            own = request_class in pool.classes
-            ranked.append(((not own, min(larger), len(pool.classes), pool.name), pool))
-    return tuple(pool for _, pool in sorted(ranked, key=lambda item: item[0]))
+            ranked.append((request_class not in classes, min(larger), len(classes), name, position))
+    return tuple(position for *_, position in sorted(ranked))
 
 
 def _size(request_class: RequestClass) -> int:
