@@ -19,6 +19,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import structlog
 from sqlalchemy import Engine
 
@@ -45,7 +46,7 @@ from controller.fleet.port import (
 from controller.loop.accounting import EnergyBook
 from controller.loop.history import OutcomeBook, WindowBook
 from controller.loop.journal import JournaledCore
-from controller.loop.runtime import Runtime
+from controller.loop.runtime import Runtime, coarse
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant
 from controller.policy.milp.plan import plan_for
@@ -71,6 +72,7 @@ DAYS = 7.0
 TAKEOVERS = 3
 ROWS = 2000
 MONTH_S = 30 * 86_400.0
+STAY_S = 10.0  # of a request
 
 
 def measure(say: Callable[[str], None]) -> list[Metric]:
@@ -98,7 +100,8 @@ def measure(say: Callable[[str], None]) -> list[Metric]:
 
 
 class _Fleet:
-    """A fleet of `nodes` hosts with four TP2 instances each, all serving; the load changes a little every second."""
+    """A fleet of `nodes` hosts with four TP2 instances each, all serving. Requests come to each by chance, at a rate of
+    its own, and stay for about ten seconds: what the journal keeps is as hard to pack as it is in earnest."""
 
     def __init__(self, nodes: int) -> None:
         self.records: list[Record] = []
@@ -124,31 +127,50 @@ class _Fleet:
             n: tuple(GpuObservation(f"GPU-{n}-{i}", i, True, 300.0, 0.0, 1200, None) for i in range(8))
             for n in range(nodes)
         }
+        self._chance = np.random.default_rng(nodes)
+        self._rate_rps = self._chance.uniform(0.3, 3.0, (nodes, PER_NODE))
+        self._running = self._chance.poisson(STAY_S * self._rate_rps)
+        self._tokens = 1000.0 * self._running
+        self._late_s = self._chance.uniform(0.0, 0.9, nodes)  # of each node's sample, behind the second
+        self._counts = {name: ClassCounters() for name in ("SS", "MS", "LM")}
 
     def instant(self) -> Instant:
         return Instant(self.now_s, 1.8e9 + self.now_s)
 
     def second(self) -> None:
-        """One second of telemetry of every node and a load report."""
+        """One second of telemetry of every node and a load report, as fine as the runtime lets them in."""
+        came = self._chance.poisson(self._rate_rps)
+        left = self._chance.binomial(self._running, 1 / STAY_S)
+        self._tokens *= 1.0 - left / np.maximum(self._running, 1)
+        self._tokens += self._chance.gamma(1.5, 700.0, came.shape) * came
+        self._running += came - left
         for number in range(self.nodes):
+            held, tokens = self._running[number].tolist(), self._tokens[number].tolist()
             instances = tuple(
                 InstanceObservation(
                     f"i-{number}-{slot}", MODEL, pool_of(slot),
                     tuple(f"GPU-{number}-{2 * slot + k}" for k in (0, 1)), InstanceState.READY,
-                    f"http://{number}-{slot}", float((number + slot + int(self.now_s)) % 9), 0.0,
-                    round(((number * 7 + slot + int(self.now_s)) % 23) / 100, 2),
+                    f"http://{number}-{slot}", float(held[slot]), 0.0, min(1.0, tokens[slot] / 120_000),
                 )
                 for slot in range(PER_NODE)
             )  # fmt: skip
-            seen_s = int(self.now_s * 10) / 10
-            self.core.handle(
-                self.instant(), NodeSeen(NodeObservation(f"n{number}", seen_s, self.gpus[number], instances))
+            seen = NodeObservation(
+                f"n{number}", max(0.0, self.now_s - self._late_s[number].item()), self.gpus[number], instances
             )
-        arrived = int(self.now_s * self.nodes)
-        counts = ClassCounters(arrived, arrived, 0, arrived, 500 * arrived, 150 * arrived)
-        classes = {RequestClass.parse(name): counts for name in ("SS", "MS", "LM")}
-        self.core.handle(self.instant(), LoadSeen(LoadObservation("g", "1", self.now_s, MODEL, classes, {})))
+            self.core.handle(self.instant(), coarse(NodeSeen(seen)))
+        self._counts = {name: self._more(counts, int(came.sum()) // 3) for name, counts in self._counts.items()}
+        classes = {RequestClass.parse(name): counts for name, counts in self._counts.items()}
+        self.core.handle(self.instant(), coarse(LoadSeen(LoadObservation("g", "1", self.now_s, MODEL, classes, {}))))
         self.now_s += 1.0
+
+    def _more(self, was: ClassCounters, mean: int) -> ClassCounters:
+        """A class's counters a second later."""
+        arrived, ended = self._chance.poisson(mean, 2).tolist()
+        tokens_in, tokens_out = (self._chance.gamma(np.maximum(1, [arrived, ended])) * [500, 150]).astype(int).tolist()
+        return ClassCounters(
+            was.arrived + arrived, was.completed + ended, 0, was.in_slo + ended,
+            was.input_tokens + tokens_in, was.output_tokens + tokens_out,
+        )  # fmt: skip
 
     def tick(self, level: Level) -> float:
         """Seconds that the answer took, without any solving."""
@@ -169,6 +191,7 @@ def _ticks(nodes: int) -> list[Metric]:
     for _ in range(20):
         fleet.second()
     fleet.tick(Level.INSTANCE)
+    fleet.core.close_journal(fleet.instant())  # the first frame has every node in full
     took: list[float] = []
     began_s, ingest_s = fleet.now_s, 0.0
     for _ in range(TICKS):
@@ -179,7 +202,9 @@ def _ticks(nodes: int) -> list[Metric]:
         took.append(fleet.tick(Level.INSTANCE))
     fleet.core.close_journal(fleet.instant())
     frame = [record for record in fleet.records if isinstance(record, InputFrame)][-1]
+    packing_s = time.thread_time()
     stored = len(str(to_row(frame).values["body"]))
+    packing_s = time.thread_time() - packing_s
     seconds = fleet.now_s - began_s
     took.sort()
     return [
@@ -189,7 +214,11 @@ def _ticks(nodes: int) -> list[Metric]:
         ),
         Metric(f"instance tick, {nodes} nodes x {PER_NODE}, median", statistics.median(took), "s", 0.0),
         Metric(f"observations taken by the core, {nodes} nodes at 1 s", ingest_s / seconds, "cores", 0.0),
-        Metric(f"inputs kept, {nodes} nodes, busy", stored / seconds * MONTH_S / 1e9, "GB/month", 0.0),
+        Metric(
+            f"inputs kept, {nodes} nodes, busy", stored / seconds * MONTH_S / 1e9, "GB/month", 0.0,
+            4.0 if nodes == max(NODES) else None,
+        ),
+        Metric(f"packing the inputs, {nodes} nodes", packing_s / seconds, "cores", 0.0),
     ]  # fmt: skip
 
 

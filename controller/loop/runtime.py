@@ -151,7 +151,7 @@ class Runtime:
 
     def sink(self, event: Event) -> None:
         """Takes an observation from within the event loop."""
-        self._events.put_nowait(_coarse(event))
+        self._events.put_nowait(coarse(event))
 
     async def order(
         self, kind: OrderKind, order: Order, value: str, who: str, why: str, until_s: float | None = None
@@ -381,7 +381,7 @@ class Runtime:
         return Instant(round(self._clock.monotonic_s(), 6), round(self._clock.wall_s(), 6))
 
 
-def _coarse(event: Event) -> Event:
+def coarse(event: Event) -> Event:
     """An observation in numbers no finer than decisions need, so that the journal of a large fleet stays small."""
     match event:
         case NodeSeen(seen):
@@ -393,7 +393,11 @@ def _coarse(event: Event) -> Event:
             seen_s = floor(seen.observed_at_s * 10) / 10
             return NodeSeen(replace(seen, observed_at_s=seen_s, instances=instances))
         case LoadSeen(report):
-            return LoadSeen(replace(report, observed_at_s=round(report.observed_at_s, 3)))
+            queues = {
+                pool: replace(queue, oldest_wait_s=round(queue.oldest_wait_s, 3))
+                for pool, queue in report.queues.items()
+            }
+            return LoadSeen(replace(report, observed_at_s=round(report.observed_at_s, 3), queues=queues))
         case _:
             return event
 

@@ -33,6 +33,7 @@ from controller.policy.milp.problem import PlanProblem, PlanSolution
 from controller.profile.table import Profile
 from controller.store.codec import unpack
 from controller.store.engine import reading
+from controller.store.frames import frame_lines
 from controller.store.models import InputFrameModel, InputSnapshotModel
 from controller.store.repositories import get_profile
 
@@ -60,7 +61,7 @@ class Stretch:
 
 
 def stretches(engine: Engine, since_s: float, until_s: float) -> list[Stretch]:
-    """Every stretch that reaches into [since, until), each from the last snapshot before it."""
+    """Every stretch that reaches into [since, until), each from the last snapshot before it. Raises UserError."""
     frame, snapshot = InputFrameModel, InputSnapshotModel
     found: list[Stretch] = []
     with reading(engine) as session:
@@ -95,10 +96,20 @@ def stretches(engine: Engine, since_s: float, until_s: float) -> list[Stretch]:
                         start = -1
                         continue
                     start = row.number
-                run.append(Frame(row.number, row.began_at, row.ended_at, tuple(unpack(row.body).split("\n"))))
+                run.append(Frame(row.number, row.began_at, row.ended_at, _lines(row)))
             if run:
                 found.append(_stretch(session, term, start, run))
     return [stretch for stretch in found if stretch.ended_at_s >= since_s]
+
+
+def _lines(row: InputFrameModel) -> tuple[str, ...]:
+    try:
+        return frame_lines(row.body)
+    except ValueError as error:
+        raise UserError(
+            f"frame {row.number} of term {row.term} cannot be read: {error}.",
+            "Replay with the version that wrote it, or name a time without it with --from and --to.",
+        ) from None
 
 
 def _stretch(session: Any, term: int, number: int, frames: list[Frame]) -> Stretch:

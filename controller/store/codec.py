@@ -18,6 +18,7 @@ from controller.domain.classes import RequestClass
 from controller.domain.decision import Decision, Json, SolverReport, canonical_json
 from controller.domain.layout import Layout, PlannedInstance
 from controller.domain.reasons import Level, Mode, Reason
+from controller.store.frames import pack_frame
 from controller.store.models import ChoiceModel, DecisionModel, DecisionOutcomeModel, NodeModel, OrderModel, PlanModel
 from controller.store.records import (
     ActionRecord,
@@ -193,7 +194,7 @@ def _to_row(record: Record) -> Row:
                     "began_at": record.began_at_s,
                     "ended_at": record.ended_at_s,
                     "events": record.events,
-                    "body": pack("\n".join(record.lines)),
+                    "body": pack_frame(record.lines),
                 },
             )
         case InputSnapshot():

@@ -241,7 +241,7 @@ class PlanModel(Base):
 
 
 class InputFrameModel(Base):
-    """What the controller was told, pool tick by pool tick: zlib over lines, in base64."""
+    """What the controller was told, pool tick by pool tick, packed (store/frames.py)."""
 
     __tablename__ = "input_frames"
     __table_args__ = (UniqueConstraint("term", "number"), Index(None, "began_at"))
