@@ -54,7 +54,8 @@ PICK_S = 10.0
 STREAMS, STREAM_TOKENS = 40, 200
 # litellm does not start without one.
 KEY = f"sk-{secrets.token_hex(32)}"
-CHARACTERS = 8_000  # of a prompt of about 2,000 tokens
+CHARACTERS = 8_000  # of a prompt of 2,000 tokens or a few more
+PROMPTS = 50  # a tokenizer remembers words: one prompt again and again would flatter it
 
 
 def measure(say: Say) -> list[Metric]:
@@ -91,7 +92,7 @@ def measure_chaos(say: Say, seconds: float = 600.0) -> list[Metric]:
 
 def classifying() -> list[Metric]:
     """From the body's bytes to the class, by wall clock and by processor time (another process may hold the core)."""
-    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": _prose(CHARACTERS)}]}).encode()
+    bodies = _bodies()
     metrics = []
     with tempfile.TemporaryDirectory(prefix="dynamollm-") as folder:
         counters = {"bytes": TokenCounter()}
@@ -100,7 +101,7 @@ def classifying() -> list[Metric]:
     for predictor in ("conditional", "text"):
         for counted, counter in counters.items():
             brain = Brain(1000, Slo(), SystemClock(), Classifier(None, 0.8, _predictor(predictor), 0.4), counter)
-            wall, cpu = _classify(brain, body)
+            wall, cpu = _classify(brain, bodies)
             name = f"classify 2,000 tokens, {predictor} predictor, {counted} counted"
             metrics += [
                 Metric(f"{name}, p50", wall[len(wall) // 2] * 1e3, "ms"),
@@ -110,9 +111,19 @@ def classifying() -> list[Metric]:
     return metrics
 
 
-def _classify(brain: Brain, body: bytes) -> tuple[list[float], list[float]]:
+def _bodies() -> list[bytes]:
+    """Chats of one message each, from anywhere in this project's documentation."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    draw = random.Random(1)
+    starts = [draw.randrange(len(text) - CHARACTERS) for _ in range(PROMPTS)]
+    chats = [[{"role": "user", "content": text[start : start + CHARACTERS]}] for start in starts]
+    return [json.dumps({"model": MODEL, "messages": chat}, ensure_ascii=False).encode() for chat in chats]
+
+
+def _classify(brain: Brain, bodies: list[bytes]) -> tuple[list[float], list[float]]:
     wall, cpu = [], []
-    for _ in range(2_000):
+    for number in range(2_000):
+        body = bodies[number % len(bodies)]
         started_s, started_cpu_s = time.perf_counter(), time.thread_time()
         ticket = brain.arrive(read_request("/v1/chat/completions", body, [MODEL]))
         cpu.append(time.thread_time() - started_cpu_s)

@@ -1,6 +1,6 @@
 """A classifier of prompts by the length of the answer they will get: hashed words into a linear model.
 
-Numpy alone, weights in one .npz file: it decides in a tenth of a millisecond, has no code inside (unlike a pickled
+Numpy alone, weights in one .npz file: it decides in a twentieth of a millisecond, has no code inside (unlike a pickled
 scikit-learn model) and needs nothing that the gateway does not have already. `train.py` makes it from logged requests.
 
 It predicts a distribution over `EDGES`, bins of about equal width in the logarithm, so that one model serves any cut
@@ -32,7 +32,10 @@ EDGES = (8, 16, 32, 64, 100, 150, 230, 350, 500, 750, 1100, 1600, 2400)
 BINS = len(EDGES) + 1
 HASH_BITS = 14
 WORDS = 240
-_WORD = re.compile(r"\w+")
+# What is no part of a word (a run of letters, digits and underscores): among ASCII's bytes made a space by the table,
+# for a regular expression takes five times as long.
+_ASCII_SPACED = bytes(code if code >= 128 or re.match(r"\w", chr(code)) else ord(" ") for code in range(256))
+_OTHERS = re.compile(r"[^\x00-\x7f\w]")
 _MASK = np.uint64((1 << HASH_BITS) - 1)
 _FIRST_OF_PAIR = np.uint64(0x9E3779B97F4A7C15)  # odd: which word comes first must tell
 _HIGH = np.uint64(24)  # the low bits of a product know only those of its factors
@@ -45,9 +48,10 @@ def bin_of(output_tokens: int) -> int:
 
 def hashed(features: Features) -> NDArray[np.int64]:
     """Rows of the weights that a request switches on: its words, pairs of words, and what it says of itself."""
-    words = _WORD.findall(features.text.lower())
+    words = words_of(features.text)
     if len(words) > WORDS:
         words = [*words[: WORDS * 3 // 4], *words[-WORDS // 4 :]]
+    count = len(words)
     marks = [
         f"\0words:{len(words).bit_length()}",
         f"\0input:{features.input_tokens.bit_length()}",
@@ -59,13 +63,21 @@ def hashed(features: Features) -> NDArray[np.int64]:
         marks.append("\0stop")
     if features.json_mode:
         marks.append("\0json")
-    count = len(words) + len(marks)
-    single = np.fromiter((crc32(word.encode(errors="replace")) for word in (*words, *marks)), np.uint64, count)
+    words += [mark.encode() for mark in marks]
+    single = np.fromiter(map(crc32, words), np.uint64, len(words))
     # A pair is made of its words' hashes: hashing its text too would take as long again.
-    pairs = (
-        (single[: len(words) - 1] * _FIRST_OF_PAIR + single[1 : len(words)]) >> _HIGH if len(words) > 1 else single[:0]
-    )
-    return np.unique(np.concatenate((single, pairs)) & _MASK).astype(np.int64)
+    pairs = (single[: count - 1] * _FIRST_OF_PAIR + single[1:count]) >> _HIGH if count > 1 else single[:0]
+    rows = (np.concatenate((single, pairs)) & _MASK).astype(np.int64)
+    rows.sort()
+    return rows[np.concatenate(([True], rows[1:] != rows[:-1]))]  # each once; np.unique takes twice the time
+
+
+def words_of(text: str) -> list[bytes]:
+    """In lower case and UTF-8."""
+    text = text.lower()
+    if not text.isascii():
+        text = _OTHERS.sub(" ", text)
+    return text.encode().translate(_ASCII_SPACED).split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +92,7 @@ class TextModel:
     def distribution(self, features: Features) -> NDArray[np.float64]:
         """Probability of each bin."""
         rows = hashed(features)
-        scores = self.weights[rows].sum(axis=0) / np.sqrt(len(rows)) + self.bias
+        scores = self.weights.take(rows, axis=0).sum(axis=0) / np.sqrt(len(rows)) + self.bias
         scaled = np.asarray(scores, dtype=np.float64) / self.temperature
         scaled = np.exp(scaled - scaled.max())
         return np.asarray(scaled / scaled.sum())

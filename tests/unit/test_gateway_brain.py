@@ -101,6 +101,11 @@ def test_tokens_are_counted_by_the_models_own_tokenizer(tmp_path: Path) -> None:
         assert counter.count(asked(text[:cut])) == len(loaded[MODEL].encode(text[:cut], add_special_tokens=False))
     exact = len(loaded[MODEL].encode(text, add_special_tokens=False))
     assert counter.count(asked(text)) == pytest.approx(exact, rel=0.15)  # some slices of it
+    for unbroken in ("x" * 751, "漢" * 5_000):  # there is no space to cut at
+        assert counter.count(asked(unbroken)) == pytest.approx(
+            len(loaded[MODEL].encode(unbroken, add_special_tokens=False)), rel=0.15
+        )
+    assert counter.count(asked("x\ud800y")) == counter.count(asked("x?y"))  # half a surrogate pair is valid JSON
     assert counter.count(asked([1, 2, 3])) == 3
     # What the engine counts beside the text is learnt per message.
     chat = [{"role": "user", "content": "hello there"}] * 3

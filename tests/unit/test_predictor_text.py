@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from common.errors import UserError
 from controller.domain.classes import ClassScheme
 from controller.predictor.features import excerpt, prompt_texts
 from controller.predictor.port import Features
-from controller.predictor.text import BINS, TextModel, TextPredictor, bin_of, bucket_shares
+from controller.predictor.text import BINS, TextModel, TextPredictor, bin_of, bucket_shares, hashed, words_of
 from controller.predictor.train import read_pairs, train
 
 FILLER = [f"word{number}" for number in range(24)]
@@ -59,6 +60,31 @@ def test_the_same_log_gives_the_same_model_and_a_saved_one_says_the_same(tmp_pat
     log = tmp_path / "log.jsonl"
     write_log(log, 300)
     assert np.array_equal(train(read_pairs(log)).weights, train(read_pairs(log)).weights)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "…",
+        "One two_3, TWO!",
+        "tab\tand\x1cmore\x7f",
+        "naïve “café”—ÉTÉ İ",
+        "ΟΔΟΣ.Α Σ",
+        "漢字、かな x",
+        "\ud800a",
+        "a " * 999,
+    ],
+)
+def test_words_are_found_in_any_script(text: str) -> None:
+    assert [word.decode() for word in words_of(text)] == re.findall(r"\w+", text.lower())
+
+
+def test_each_word_and_pair_counts_once() -> None:
+    once, twice = (hashed(Features(50, text=text)) for text in ("go on go on", "go on go on go on go on"))
+    assert np.all(np.diff(once) > 0)
+    assert len(once) == len(hashed(Features(50, text=""))) + 4  # two words, two pairs
+    assert len(twice) == len(once)
 
 
 def test_any_cut_points_are_served_by_one_model() -> None:
