@@ -81,7 +81,9 @@ class SystemdLauncher:
         except (OSError, ValueError) as error:
             raise LaunchFailed(f"the environment of {unit} cannot be written: {error}") from None
         try:
-            result = await self._job("StartUnit", unit, "fail")
+            # A stop that systemd has not closed yet, although all its processes are gone, must not refuse the start:
+            # "replace" lets the start wait for its end.
+            result = await self._job("StartUnit", unit, "replace")
             if result != "done":
                 raise LaunchFailed(f"{unit} could not be started ({result}); see journalctl -u {unit}")
             process = await self._main_process(unit)
