@@ -33,7 +33,9 @@ class ForecastSettings:
     short_memory: float = 0.1  # of the long one's half-life
     quantile: float = 0.95  # of the sustained rate that is provisioned for
     sustained_s: float = 30.0  # a peak shorter than this is left to the head-room in the profile's knee
-    max_trend_ratio: float = 0.25  # the trend may move the level by at most this share of it over the horizon
+    # The trend may move the level by at most this share of it for each minute ahead, and at most by the second in all.
+    trend_ratio_per_min: float = 0.0625
+    max_trend_ratio: float = 0.5
     max_age_s: float = 900.0  # older windows say nothing
 
 
@@ -80,7 +82,7 @@ def forecast(
 def _ahead(line: _Line, horizon_s: float, observed_s: float, settings: ForecastSettings) -> RateForecast:
     level = max(0.0, line.rate_now)
     # Far ahead a line is a guess: the trend moves the level by a bounded share of it.
-    bound = settings.max_trend_ratio * level
+    bound = level * min(settings.max_trend_ratio, settings.trend_ratio_per_min * horizon_s / 60)
     ahead = max(-bound, min(bound, line.trend * horizon_s))
     mean = level + max(0.0, 0.75 * ahead)
     # No arrival seen is no proof of none to come: a rate below one per observed span cannot be told from zero.
