@@ -63,6 +63,8 @@ _MEANS = [
     "mean_gpus",
     "switches",
     "spilled",
+    "mispredicted",
+    "outgrown",
     "clock_changes",
     "carbon_kg",
     "cost_usd",

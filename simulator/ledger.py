@@ -23,7 +23,7 @@ seed over the same requests, and gives one JSON value. Its schema (`DIR/result.j
     sensitivity     {u|start_s|physics|mismatch|predictor_accuracy|pools|crashes_per_day: [{value, headline, k, u,
                     k_max, bound_saved_parked, systems: {name: {saved_off, saved_parked, energy_parked_kwh, attainment,
                     attainment_overall, meets_slo, ttft_p99_ms, gap_p99_ms, mean_gpus, switches, spilled,
-                    spread}}}]}: one option
+                    mispredicted, outgrown, spread}}}]}: one option
                     varied, all else as here
     assumptions     {parked_w, carbon_g_per_kwh, price_per_kwh, host_w: [empty, full], ...}: constants behind it
     notes           sentences that belong beside the figures
@@ -51,6 +51,8 @@ seed over the same requests, and gives one JSON value. Its schema (`DIR/result.j
       carbon_kg, cost_usd         of energy_parked_kwh
       requests, lost              in the window; lost: refused, failed or not finished
       spilled                     requests that a larger pool than their own served, with the warm-up's
+      mispredicted                requests routed for another output bucket than the true one, with the warm-up's
+      outgrown                    of these, routed for a shorter one
       energy_by_state_kwh         {serving, idle, loading, draining, parked}
       latency_by_input            {S|M|L: {requests, ttft_p50_ms, ttft_p99_ms, tbt_p50_ms, tbt_p99_ms}}
       latency_by_class            {SS|...|LL: the same, and gap_p99_ms}, classes of at least 100 requests

@@ -56,6 +56,8 @@ class SystemRun:
     clock_changes: int
     layout: str
     spilled: int = 0  # requests that a larger pool than their own served
+    mispredicted: int = 0  # routed for another output bucket than the true one
+    outgrown: int = 0  # of these, for a shorter one
     series: dict[str, Any] = field(default_factory=dict)
 
 
@@ -181,6 +183,8 @@ def figures(run: SystemRun, slo: Slo, scheme: ClassScheme) -> dict[str, Any]:
         "requests": int(inside.sum()),
         "lost": int((inside & ~run.finished).sum()),
         "spilled": run.spilled,
+        "mispredicted": run.mispredicted,
+        "outgrown": run.outgrown,
         "energy_by_state_kwh": {state: joules / _J_PER_KWH for state, joules in run.energy_j.items()},
         "latency_by_input": {bucket.value: latency(classes // 3 == rank) for rank, bucket in enumerate(Bucket)},
         "latency_by_class": by_class,

@@ -263,6 +263,8 @@ def run_loop(
         clock_changes=recorder.clock_changes,
         layout=recorder.layout,
         spilled=result.spilled,
+        mispredicted=result.mispredicted,
+        outgrown=result.outgrown,
         series=recorder.series(nodes, trace, WARM_UP_S),
     )
 

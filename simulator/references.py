@@ -134,6 +134,9 @@ def run_static(
         switches=0,
         clock_changes=0,
         layout=", ".join(str(pool) for pool in pools),
+        spilled=engines.spilled,
+        mispredicted=engines.mispredicted,
+        outgrown=engines.outgrown,
         series=minute_series(
             trace,
             WARM_UP_S,

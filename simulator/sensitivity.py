@@ -26,6 +26,8 @@ _KEPT = (
     "mean_gpus",
     "switches",
     "spilled",
+    "mispredicted",
+    "outgrown",
 )
 # Measured again for each value, its columns would take longer than all the rest.
 _SAME_BOUND = ("u", "start_s", "pools", "predictor_accuracy", "crashes_per_day")

@@ -116,10 +116,9 @@ async def ask(client: httpx.AsyncClient, number: int, stream: bool, verdicts: Ve
         return
     if answer.status_code != 200:
         verdicts.counted[f"status {answer.status_code}"] += 1
-        if answer.status_code not in (429, 502, 503):
-            verdicts.wrong.append(f"request {number}: {answer.status_code} {answer.text[:100]}")
-        elif answer.headers.get("x-dynamollm-class") is None and "retry-after" not in answer.headers:
-            verdicts.counted["without retry-after"] += 1
+        told = answer.headers.get("content-type") == "application/json" and bool(answer.json()["error"]["message"])
+        if answer.status_code not in (429, 502, 503) or "retry-after" not in answer.headers or not told:
+            verdicts.wrong.append(f"request {number}: {answer.status_code} {answer.headers} {answer.text[:100]}")
         return
     if not stream:
         complete = answer.json()["choices"][0]["text"] == "x" * TOKENS

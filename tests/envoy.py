@@ -14,6 +14,18 @@ from pathlib import Path
 
 import httpx
 
+# Of a request to the picker Envoy keeps its own account.
+LATENCIES = """\
+          - name: envoy.access_loggers.file
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog
+              path: {path}
+              log_format:
+                text_format_source:
+                  inline_string: "\\
+                    %FILTER_STATE(envoy.filters.http.ext_proc:FIELD:request_header_latency_us)% \\
+                    %FILTER_STATE(envoy.filters.http.ext_proc:FIELD:request_body_max_latency_us)%\\n"
+"""
 SAMPLE = Path(__file__).parents[1] / "systemd" / "envoy.yaml"
 
 
@@ -44,9 +56,11 @@ async def envoy_process(
     fail_open: bool = True,
     concurrency: int = 1,
     tls: dict[str, Path] | None = None,
+    latencies: Path | None = None,
 ) -> AsyncIterator[Envoy]:
     """Waits until it has heard of endpoints, or given up waiting for them. `tls`: files (cert, key, ca) for the lines
-    of the sample that say how to call the picker over it."""
+    of the sample that say how to call the picker over it. `latencies`: where it writes a line for each request, with
+    the microseconds that the picker took to answer its head and its body."""
     program = binary()
     assert program is not None
     text = SAMPLE.read_text(encoding="utf-8")
@@ -59,6 +73,10 @@ async def envoy_process(
     ):
         assert before in text
         text = text.replace(before, after)
+    if latencies is not None:
+        before = "          access_log:\n"
+        assert before in text
+        text = text.replace(before, before + LATENCIES.format(path=latencies))
     if tls is not None:
         text = re.sub(r"^( *)#tls ", r"\1", text, flags=re.MULTILINE)
         for name, path in tls.items():
@@ -70,6 +88,7 @@ async def envoy_process(
     process = await asyncio.create_subprocess_exec(
         program,
         *("-c", str(config), "--concurrency", str(concurrency), "--log-level", "warn", "--disable-hot-restart"),
+        *("--file-flush-interval-msec", "100"),
         *("--admin-address-path", str(address), "--log-path", str(folder / "envoy.log")),
     )
     try:

@@ -189,6 +189,8 @@ class StandInController(rpc.ControllerServicer):
     def __init__(self) -> None:
         self.reports: list[pb.ReportLoadRequest] = []
         self.power_w: float | None = None  # of every instance
+        self.running: dict[str, float] = {}  # requests that engines say they have
+        self.asked_status = 0
         self._table: RoutingTable | None = None
         self._changed = asyncio.Event()
 
@@ -215,9 +217,12 @@ class StandInController(rpc.ControllerServicer):
     async def GetStatus(self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext) -> pb.GetStatusResponse:
         pools = self._table.pools if self._table is not None else ()
         names = [instance.instance_id for pool in pools for instance in pool.instances]
-        return pb.GetStatusResponse(
-            pools=[pb.PoolStatus(instances=[pb.InstanceStatus(instance_id=n, power_w=self.power_w) for n in names])]
-        )
+        self.asked_status += 1
+        instances = [pb.InstanceStatus(instance_id=name, power_w=self.power_w) for name in names]
+        for each in instances:
+            if each.instance_id in self.running:
+                each.running, each.waiting = self.running[each.instance_id], 0.0
+        return pb.GetStatusResponse(pools=[pb.PoolStatus(instances=instances)])
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from controller.gateway.classify import PromptSize, output_limit, prompt_size
@@ -15,6 +15,8 @@ from controller.gateway.refusal import Refusal
 from controller.predictor.features import prompt_texts, request_features
 from controller.predictor.port import Features
 
+# Text up to this length is counted whole (tokens.py), so that engines' counts of it teach something.
+EXACT_CHARACTERS = 750
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -35,6 +37,10 @@ class Asked:
     @property
     def chat(self) -> bool:
         return self.features.route == "chat"
+
+    def briefly(self) -> Asked:
+        """What is kept while the request runs: all but the text of a long prompt (megabytes for a thousand of them)."""
+        return self if sum(map(len, self.texts)) <= EXACT_CHARACTERS else replace(self, texts=())
 
 
 def read_request(target: str, body: bytes, served: Sequence[str], tenant: str = "") -> Asked:

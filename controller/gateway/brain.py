@@ -165,7 +165,7 @@ class Brain:
             prefix=self.choices.prefix(asked),
             tells_first=asked.stream,
         )
-        return Ticket(asked, request, features, classified, counted, arrived_s)
+        return Ticket(asked.briefly(), request, features, classified, counted, arrived_s)
 
     def wait(
         self,
@@ -330,16 +330,14 @@ class Brain:
     ) -> None:
         """A streamed answer is complete: learns and counts. `times`: finished requests that this one speaks for."""
         request_class = self._learn(ticket, output_tokens, usage)
-        for _ in range(times):
-            self.meter.completed(ticket.asked.model, request_class, output_tokens, ttft_s, gaps_s)
+        self.meter.completed(ticket.asked.model, request_class, output_tokens, ttft_s, gaps_s, times)
 
     def completed_whole(
         self, ticket: Ticket, output_tokens: int, usage: Mapping[str, Any] | None, total_s: float, times: int = 1
     ) -> None:
         """As `completed`, for an answer in one piece."""
         request_class = self._learn(ticket, output_tokens, usage)
-        for _ in range(times):
-            self.meter.completed_whole(ticket.asked.model, request_class, output_tokens, total_s)
+        self.meter.completed_whole(ticket.asked.model, request_class, output_tokens, total_s, times)
 
     def _learn(self, ticket: Ticket, output_tokens: int, usage: Mapping[str, Any] | None) -> RequestClass:
         """Feeds the truth back; returns the true class."""
@@ -353,7 +351,7 @@ class Brain:
             else:
                 self._cached.observe(ticket.asked, counted, cached)
                 input_tokens = max(1, counted - cached)
-        self._classifier.observe(input_tokens, output_tokens, ticket.features)
+        self._classifier.observe(input_tokens, output_tokens, ticket.features, ticket.classified.prediction)
         true_class = self._classifier.scheme.classify(input_tokens, output_tokens)
         if output_tokens >= self.output_bound_tokens(ticket):
             self.outgrew(ticket)

@@ -14,11 +14,12 @@ from typing import Any
 
 from controller.domain.classes import Bucket, ClassScheme, RequestClass
 from controller.predictor.conditional import PRIOR_REQUESTS, REMEMBERED_REQUESTS, ByInput
-from controller.predictor.port import Features, Predictor
+from controller.predictor.port import Features, Prediction, Predictor
 
 __all__ = ["PRIOR_REQUESTS", "REMEMBERED_REQUESTS", "Classified", "Classifier", "PromptSize", "TokenEstimator"]
 
 BUCKETS = tuple(Bucket)
+CLASSES = {row: tuple(RequestClass(row, column) for column in BUCKETS) for row in BUCKETS}  # by output rank
 # English prose and code in the vocabularies of current models; replaced by what the engines count.
 DEFAULT_BYTES_PER_TOKEN = 4.0
 # What a chat template adds per message (role, separators), about.
@@ -35,7 +36,11 @@ class Classified:
     load: RequestClass
     likely: Bucket
     confidence: float
-    source: str
+    prediction: Prediction
+
+    @property
+    def source(self) -> str:
+        return self.prediction.source
 
 
 class Classifier:
@@ -100,16 +105,22 @@ class Classifier:
         owed[load] -= 1.0
         return Classified(
             input_tokens,
-            RequestClass(row, BUCKETS[routing]),
-            RequestClass(row, BUCKETS[load]),
+            CLASSES[row][routing],
+            CLASSES[row][load],
             BUCKETS[seen.index(max(seen))],
             confidence,
-            prediction.source,
+            prediction,
         )
 
-    def observe(self, input_tokens: int, output_tokens: int, features: Features | None = None) -> None:
-        """A request finished with this many tokens. `features` as they were at `classify`."""
-        self._predictor.observe(features or Features(input_tokens), output_tokens)
+    def observe(
+        self,
+        input_tokens: int,
+        output_tokens: int,
+        features: Features | None = None,
+        said: Prediction | None = None,
+    ) -> None:
+        """A request finished with this many tokens. `features` as they were at `classify`, `said` as it answered."""
+        self._predictor.observe(features or Features(input_tokens), output_tokens, said)
 
 
 class TokenEstimator:

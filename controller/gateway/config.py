@@ -149,11 +149,16 @@ class TlsConfig(ConfigModel):
 
 
 class PickerTls(ConfigModel):
-    """Mutual TLS for the picker's port: whoever shows a certificate of `client_ca` is let in. All three or none."""
+    """Mutual TLS for the picker's port: certificates of `client_ca` whose names stand in `scopes`. All or none."""
 
     cert: str = Field(default="", description="Own certificate, PEM; a renewed one is taken up without a restart.")
     key: str = Field(default="", description="Its private key, PEM.")
     client_ca: str = Field(default="", description="Authority that signs the certificates of Envoys and tools, PEM.")
+    scopes: dict[str, Literal["envoy", "tool"]] = Field(
+        default={},
+        description="Scope by the name (CN) or alternative name (URI, DNS) of a client certificate: `envoy` may call "
+        "what Envoys do, `tool` may call Route and ReportCompletion. Names not listed may do nothing.",
+    )
 
     @property
     def on(self) -> bool:
@@ -169,6 +174,8 @@ class PickerTls(ConfigModel):
     def _whole(self) -> PickerTls:
         if len({bool(value) for value in (self.cert, self.key, self.client_ca)}) > 1:
             raise ValueError("cert, key and client_ca belong together; set all of them or none")
+        if self.on != bool(self.scopes):
+            raise ValueError('scopes say who may call over tls: set both or none, such as scopes = {"NAME" = "envoy"}')
         return self
 
 
@@ -194,6 +201,12 @@ class PickerConfig(ConfigModel):
     )
     alternatives: int = Field(
         default=2, ge=0, le=5, description="Further instances named to Envoy, for its retries before the first byte."
+    )
+    shown_at_once: int = Field(
+        default=50,
+        ge=1,
+        description="Of the answers that Envoy is configured to show, the most that are watched at a time: ten of "
+        "their tokens cost as much as a choice. Those that are watched speak for the others.",
     )
     forget_s: Seconds = Field(
         default=60.0,

@@ -46,6 +46,10 @@ SWEEP_S = 0.25
 BACKLOG = 1024
 # For choices under way when the gateway stops; running answers are Envoy's.
 PICKER_STOP_S = 2.0
+# The garbage collector's thresholds. A request in flight is a dozen objects that go with their last reference; next to
+# nothing is left in cycles. So its steps stay as small as the defaults make them, and the walk over all that is in
+# flight, in which nobody is answered (a tenth of a second for ten thousand requests), is made far more seldom.
+COLLECT_AT = (1_000, 2, 100)
 # Longer than clients keep idle connections (httpx: 5 s): whoever closes second has sent nothing into the void.
 KEEP_ALIVE_S = 75
 
@@ -157,6 +161,7 @@ async def run(config: GatewayConfig, listener: socket.socket) -> None:
     # What stands now stands to the end: a full collection that walks it would hold every request up for tens of ms.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*COLLECT_AT)
     notify("READY=1", f"STATUS=Serving on {host}:{port}")
     try:
         await server.serve(sockets=[listener])

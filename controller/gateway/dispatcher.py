@@ -80,6 +80,8 @@ class Dispatcher:
         self._suspect_s = suspect_s
         self._table: RoutingTable | None = None
         self._entries: dict[str, _Entry] = {}
+        # Of these, what waits or has an unread prompt: few beside what is being answered, and all that reports look at.
+        self._open: dict[str, _Entry] = {}
         self._waiting = 0
         self._arrivals = 0
         # One heap per model and class; entries that no longer wait are dropped at the head.
@@ -124,6 +126,7 @@ class Dispatcher:
                 while self._drop_stale(queue) and not can_make_it(queue[0][0], now_s):
                     _, _, request_id = heapq.heappop(queue)
                     given_up.append((self._entries.pop(request_id).request, order))
+                    del self._open[request_id]
                     self._waiting -= 1
         return given_up
 
@@ -195,6 +198,7 @@ class Dispatcher:
         if entry is None:
             return
         if entry.instance_id is None:
+            del self._open[request_id]
             self._waiting -= 1  # its heap entry is dropped when it reaches the head
             if not self._waiting:
                 self._queues.clear()
@@ -263,7 +267,7 @@ class Dispatcher:
         """Requests at an instance that have had no token and are about to miss their deadline, by their own pool."""
         return Counter(
             preferred[0][1]
-            for entry in self._entries.values()
+            for entry in self._open.values()
             if entry.reading
             and at_risk(entry.arrived_s, entry.request.deadline_s, now_s)
             and (preferred := self._preferences_of((entry.request.model, entry.request.request_class)))
@@ -275,14 +279,14 @@ class Dispatcher:
         waiting: defaultdict[PoolKey, int] = defaultdict(int)
         risky: defaultdict[PoolKey, int] = defaultdict(int)
         oldest_s: defaultdict[PoolKey, float] = defaultdict(float)
-        for entry in self._entries.values():
+        for entry in self._open.values():
             if entry.instance_id is None:
                 preferred = self._preferences_of((entry.request.model, entry.request.request_class))
                 if preferred:
                     waiting[preferred[0]] += 1
                     risky[preferred[0]] += at_risk(entry.arrived_s, entry.request.deadline_s, now_s)
                     oldest_s[preferred[0]] = max(oldest_s[preferred[0]], now_s - entry.arrived_s)
-            elif entry.pool is not None and entry.reading and entry.request.tells_first:
+            elif entry.pool is not None and entry.request.tells_first:
                 risky[entry.pool] += not can_make_it(entry.request.deadline_s, now_s)
         summed: dict[str, QueueObservation] = {}
         for key in self._pools:
@@ -307,6 +311,7 @@ class Dispatcher:
         request = entry.request
         queue = self._queues.setdefault((request.model, request.request_class), [])
         heapq.heappush(queue, (request.deadline_s, entry.order, request.request_id))
+        self._open[request.request_id] = entry
         self._waiting += 1
 
     def _release(self, entry: _Entry) -> None:
@@ -322,6 +327,7 @@ class Dispatcher:
     def _read(self, entry: _Entry) -> None:
         if entry.reading and entry.instance_id is not None:
             entry.reading = False
+            del self._open[entry.request.request_id]
             self._pending_tokens[entry.instance_id] -= entry.request.prompt_tokens
             if not self._pending_tokens[entry.instance_id]:
                 del self._pending_tokens[entry.instance_id]

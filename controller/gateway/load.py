@@ -92,25 +92,29 @@ class LoadMeter:
         output_tokens: int,
         ttft_s: float,
         gaps_s: Sequence[float],
+        times: int = 1,
     ) -> None:
-        """A streamed answer: `ttft_s` counts from the request's arrival, gaps are those between its tokens."""
-        meter = self._count(model, request_class, output_tokens)
-        meter.ttft_s.add(ttft_s)
+        """A streamed answer: `ttft_s` counts from the request's arrival, gaps are those between its tokens. `times`:
+        answers that this one speaks for."""
+        meter = self._count(model, request_class, output_tokens, times)
+        meter.ttft_s.add(ttft_s, times)
         for gap_s in gaps_s:
-            meter.gap_s.add(gap_s)
+            meter.gap_s.add(gap_s, times)
         tbt_s = sum(gaps_s) / len(gaps_s) if gaps_s else 0.0
-        meter.in_slo += self._slo.met(request_class.input, ttft_s * 1e3, tbt_s * 1e3)
+        meter.in_slo += times * self._slo.met(request_class.input, ttft_s * 1e3, tbt_s * 1e3)
 
-    def completed_whole(self, model: str, request_class: RequestClass, output_tokens: int, total_s: float) -> None:
+    def completed_whole(
+        self, model: str, request_class: RequestClass, output_tokens: int, total_s: float, times: int = 1
+    ) -> None:
         """An answer in one piece hides its tokens' times: in SLO when all of it came within the bounds' sum."""
-        meter = self._count(model, request_class, output_tokens)
+        meter = self._count(model, request_class, output_tokens, times)
         bound_ms = self._slo.ttft_ms(request_class.input) + self._slo.tbt_ms * max(0, output_tokens - 1)
-        meter.in_slo += total_s * 1e3 <= bound_ms
+        meter.in_slo += times * (total_s * 1e3 <= bound_ms)
 
-    def _count(self, model: str, request_class: RequestClass, output_tokens: int) -> ClassMeter:
+    def _count(self, model: str, request_class: RequestClass, output_tokens: int, times: int) -> ClassMeter:
         meter = self.meter(model, request_class)
-        meter.completed += 1
-        meter.output_tokens += output_tokens
+        meter.completed += times
+        meter.output_tokens += times * output_tokens
         return meter
 
     def classes(self, models: Iterable[str]) -> Mapping[tuple[str, RequestClass], ClassMeter]:

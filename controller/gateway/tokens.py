@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from common.errors import UserError
-from controller.gateway.asked import Asked
+from controller.gateway.asked import EXACT_CHARACTERS, Asked
 from controller.gateway.classify import TokenEstimator
 
-# Text up to this length is counted whole.
-EXACT_CHARACTERS = 750
 # Of a longer one, so many slices: many short ones tell more than few long ones, because neighbouring text is alike.
 SLICES = 12
 SLICE_CHARACTERS = 50

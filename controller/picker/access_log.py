@@ -10,7 +10,7 @@ from typing import Any
 
 from common.logs import get_logger
 from controller.gateway.brain import Outcome
-from controller.picker.exchange import TICKET_KEY, TICKET_NAMESPACE, Desk
+from controller.picker.exchange import OUR_DETAILS, TICKET_KEY, TICKET_NAMESPACE, Desk
 from controller.picker.held import HeldTicket
 
 _log = get_logger(__name__)
@@ -34,15 +34,28 @@ def take(desk: Desk, message: Any) -> None:
     for entry in message.http_logs.log_entry:
         common = entry.common_properties
         metadata = common.metadata.filter_metadata
-        if TICKET_NAMESPACE not in metadata:
-            continue  # refused, or let through while no picker was there
-        name = metadata[TICKET_NAMESPACE].fields[TICKET_KEY].string_value
+        if TICKET_NAMESPACE in metadata:
+            name = metadata[TICKET_NAMESPACE].fields[TICKET_KEY].string_value
+        elif (lost := _lost(desk, entry)) is not None:
+            name = lost
+        else:
+            continue
         held = desk.held.hear(name)
         if held is None:
             continue
         _outgrown(desk, held, entry)
         if not common.intermediate_log_entry:
             _end(desk, name, held, entry)
+
+
+def _lost(desk: Desk, entry: Any) -> str | None:
+    """The ticket of a request that was over before Envoy heard what was chosen for it: its client left in that moment,
+    most of all. Without it such tickets would hold their places until they are forgotten."""
+    if entry.common_properties.intermediate_log_entry:
+        return None
+    if entry.response.response_code_details.startswith(OUR_DETAILS):
+        return None  # refused
+    return desk.held.named(entry.request.request_id)
 
 
 def _outgrown(desk: Desk, held: HeldTicket, entry: Any) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from envoy.config.core.v3 import base_pb2 as core
+from envoy.extensions.filters.http.ext_proc.v3 import processing_mode_pb2 as mode
 from envoy.service.ext_proc.v3 import external_processor_pb2 as ext
 from envoy.type.v3 import http_status_pb2 as http_status
 
@@ -28,10 +29,13 @@ from controller.gateway.upstream import EventMeter
 from controller.picker.addresses import Addresses
 from controller.picker.held import Held
 
+NOT_SHOWN = mode.ProcessingMode.BodySendMode.NONE
 ENDPOINT_KEY = "x-gateway-destination-endpoint"
 ENDPOINT_NAMESPACE = "envoy.lb"
 TICKET_KEY = "ticket"
 TICKET_NAMESPACE = "dynamollm"
+# What the access log says of answers that are the picker's own begins so.
+OUR_DETAILS = "dynamollm_"
 # The body goes back in pieces: one message of many megabytes would have to be held whole by every hop.
 PIECE_BYTES = 64 * 1024
 # Share of the newest answer in the running estimate of a token's bytes.
@@ -60,6 +64,7 @@ class Desk:
         self.picker = picker
         self.access = access
         self.tenant_header = tenant_header.lower()
+        self.shown = 0  # answers that are being shown
         # Answers that were not shown, by model, for which the next one that is shown speaks as well.
         self.unseen: dict[str, int] = {}
         # Bytes that a token of a stream takes, by model and whether it is a chat: learnt from answers that are shown.
@@ -72,25 +77,44 @@ class Desk:
 
 
 class Exchange:
-    """`handle` each message in turn. An exchange that ends before its decision holds nothing."""
+    """`handle` each message in turn, until it is `over`. An exchange that ends before its decision holds nothing."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._tenant = ""
         self._target = ""
+        self._request_id = ""
         self._body: list[bytes] = []
         self._size = 0
         self._name: str | None = None  # of the ticket held, once an instance is chosen
+        self._shown: bool | None = None  # whether the answer will be; None: Envoy does not say
+        self._looking = False  # it is one of `Desk.shown`
+        self._answered = False  # by us: what still comes of the request was on its way by then, and asks for nothing
         self._meter: EventMeter | None = None
         self._whole: list[bytes] = []
         self._answer_bytes = 0
         self._status = 0
 
+    @property
+    def over(self) -> bool:
+        """Nothing more will be said, so that the stream may end here, which costs less than to wait for the other end
+        of it."""
+        return self._answered or (self._name is not None and self._shown is False)
+
+    def close(self) -> None:
+        """To be called at its end, however it came."""
+        self._desk.shown -= self._looking
+        self._looking = False
+
     def handle(self, message: Any) -> list[Reply]:
         """Replies to send, in order. Refusals are replies too."""
+        if self._answered:
+            return []
         kind = message.WhichOneof("request")
         try:
             if kind == "request_headers":
+                if message.HasField("protocol_config"):  # Envoy says so with the first message, where it is new enough
+                    self._shown = message.protocol_config.response_body_mode != NOT_SHOWN
                 return self._request_headers(message.request_headers)
             if kind == "request_body":
                 return self._request_body(message.request_body)
@@ -98,6 +122,7 @@ class Exchange:
                 trailers = ext.ProcessingResponse(request_trailers=ext.TrailersResponse())
                 return [*self._decide(), trailers]
         except Refusal as refusal:
+            self._answered = True
             return [_refused(refusal)]
         if kind == "response_headers":
             return self._response_headers(message.response_headers)
@@ -110,11 +135,13 @@ class Exchange:
     def _request_headers(self, message: Any) -> list[Reply]:
         headers = _headers(message)
         self._target = headers.get(":path", "").partition("?")[0]
+        self._request_id = headers.get("x-request-id", "")
         self._tenant = self._desk.access.tenant(
             headers.get("authorization", ""), headers.get(self._desk.tenant_header, "")
         )
         method = headers.get(":method", "")
         if method == "GET" and self._target == "/v1/models":
+            self._answered = True
             return [_answered(self._models())]
         if self._target not in GENERATING:
             raise Refusal(404, "not_found", f"There is no {self._target[:200]} here.")
@@ -142,8 +169,18 @@ class Exchange:
         except Refusal as refusal:
             self._desk.brain.done(ticket, Outcome(refusal.code))
             raise
+        if self._shown:
+            # Every token of a shown answer passes here. Who leaves now does not see it, and Envoy goes on alone.
+            self._shown = self._looking = self._desk.shown < self._desk.picker.shown_at_once
+            self._desk.shown += self._looking
         return [
-            _chosen(endpoints, self._name or "", str(ticket.classified.routing), self._desk.brain.pool_of(ticket)),
+            _chosen(
+                endpoints,
+                self._name or "",
+                str(ticket.classified.routing),
+                self._desk.brain.pool_of(ticket),
+                keeps_key=not self._desk.access.checks,
+            ),
             *_body_back(self._with_priority(ticket, body)),
         ]
 
@@ -163,7 +200,7 @@ class Exchange:
         others = (
             addresses.of(each.endpoint) for each in brain.alternatives(ticket, instance, self._desk.picker.alternatives)
         )
-        self._name = self._desk.held.hold(ticket, instance)
+        self._name = self._desk.held.hold(ticket, instance, self._request_id)
         return ",".join([first, *(other for other in others if other is not None)])
 
     def _with_priority(self, ticket: Ticket, body: bytes) -> bytes:
@@ -249,12 +286,14 @@ def _option(name: str, value: str) -> Any:
     )
 
 
-def _chosen(endpoints: str, name: str, request_class: str, pool: str) -> Reply:
+def _chosen(endpoints: str, name: str, request_class: str, pool: str, keeps_key: bool) -> Reply:
     first = endpoints.partition(",")[0]
+    headers = ext.HeaderMutation(
+        set_headers=[_option(ENDPOINT_KEY, first)],
+        remove_headers=() if keeps_key else ("authorization",),  # our keys are nothing that engines should know
+    )
     reply = ext.ProcessingResponse(
-        request_headers=ext.HeadersResponse(
-            response=ext.CommonResponse(header_mutation=ext.HeaderMutation(set_headers=[_option(ENDPOINT_KEY, first)]))
-        )
+        request_headers=ext.HeadersResponse(response=ext.CommonResponse(header_mutation=headers))
     )
     reply.dynamic_metadata.update(
         {
@@ -293,6 +332,6 @@ def _immediate(status: int, headers: list[Any], body: bytes, details: str) -> Re
             status=http_status.HttpStatus(code=status),
             headers=ext.HeaderMutation(set_headers=headers),
             body=body,
-            details=f"dynamollm_{details}",
+            details=f"{OUR_DETAILS}{details}",
         )
     )

@@ -9,6 +9,7 @@ import grpc
 from controller.gateway.asked import GENERATING, Asked
 from controller.gateway.brain import Outcome
 from controller.gateway.classify import PromptSize
+from controller.picker.callers import TOOL, Callers
 from controller.picker.exchange import Desk
 from controller.predictor.port import Features
 from dynamollm.v1 import gateway_pb2 as pb
@@ -20,16 +21,20 @@ OUTCOMES = {
     pb.COMPLETION_OUTCOME_FAILED: Outcome.FAILED,
     pb.COMPLETION_OUTCOME_CLIENT_LEFT: Outcome.CLIENT_LEFT,
 }
+# No engine writes longer answers; each token is counted by itself.
+MOST_TOKENS = 1_000_000
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GatewayService(rpc.GatewayServicer):
     """Translates; the brain decides."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, callers: Callers) -> None:
         self._desk = desk
+        self._callers = callers
 
     async def Route(self, request: pb.RouteRequest, context: Context) -> pb.RouteResponse:
+        await self._callers.admit(TOOL, context)
         brain, held = self._desk.brain, self._desk.held
         served = brain.models()
         if not served:
@@ -59,11 +64,14 @@ class GatewayService(rpc.GatewayServicer):
     async def ReportCompletion(
         self, request: pb.ReportCompletionRequest, context: Context
     ) -> pb.ReportCompletionResponse:
+        await self._callers.admit(TOOL, context)
         running = request.outcome == pb.COMPLETION_OUTCOME_RUNNING
         if not running and request.outcome not in OUTCOMES:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "outcome is needed")
         if request.total_s < 0 or request.time_to_first_token_s < 0:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "times cannot be below zero")
+        if request.output_tokens > MOST_TOKENS:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"output_tokens cannot be above {MOST_TOKENS:,}")
         held = self._desk.held.hear(request.ticket)
         if held is None or running:
             return pb.ReportCompletionResponse(known=held is not None)

@@ -17,6 +17,7 @@ from common.errors import EXIT_ALREADY_RUNNING, UserError
 from common.tls_server import server_credentials
 from controller.gateway.config import PickerTls
 from controller.picker import access_log
+from controller.picker.callers import ENVOY, Callers
 from controller.picker.discovery import Discovery
 from controller.picker.exchange import Desk, Exchange
 from controller.picker.orchestration import GatewayService
@@ -38,10 +39,12 @@ class PickerServer:
 
     def __init__(self, desk: Desk, discovery_: Discovery) -> None:
         self._desk = desk
+        self._discovery = discovery_
+        self._callers = Callers()
         self._server = grpc.aio.server(options=OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        rpc.add_GatewayServicer_to_server(GatewayService(desk), self._server)
+        rpc.add_GatewayServicer_to_server(GatewayService(desk, self._callers), self._server)
         # Not as subclasses of the generated servicers, which have no types: the handlers are all there is to them.
         self._server.add_generic_rpc_handlers(
             (
@@ -49,7 +52,7 @@ class PickerServer:
                 _handler(
                     ENDPOINTS,
                     "StreamEndpoints",
-                    discovery_.stream,
+                    self._endpoints,
                     discovery.DiscoveryRequest,
                     discovery.DiscoveryResponse,
                 ),
@@ -80,6 +83,7 @@ class PickerServer:
         try:
             if tls.on:
                 tls.check()
+                self._callers.scopes = tls.scopes
                 credentials = server_credentials(tls.cert, tls.key, tls.client_ca, "Check picker.tls.")
                 self.port = self._server.add_secure_port(listen, credentials)
             else:
@@ -102,12 +106,22 @@ class PickerServer:
 
     async def _process(self, _: AsyncIterator[Any], context: Any) -> None:
         """Reads and writes by hand: two generators less for each message."""
+        await self._callers.admit(ENVOY, context)
         exchange = Exchange(self._desk)
-        while (message := await context.read()) is not grpc.aio.EOF:
-            for reply in exchange.handle(message):
-                await context.write(reply)
+        try:
+            while not exchange.over and (message := await context.read()) is not grpc.aio.EOF:
+                for reply in exchange.handle(message):
+                    await context.write(reply)
+        finally:
+            exchange.close()
 
-    async def _log(self, messages: AsyncIterator[Any], _: Any) -> Any:
+    async def _endpoints(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        await self._callers.admit(ENVOY, context)
+        async for response in self._discovery.stream(requests, context):
+            yield response
+
+    async def _log(self, messages: AsyncIterator[Any], context: Any) -> Any:
+        await self._callers.admit(ENVOY, context)
         async for message in messages:
             access_log.take(self._desk, message)
         return als.StreamAccessLogsResponse()

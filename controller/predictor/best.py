@@ -34,13 +34,16 @@ class Best:
     def predict(self, features: Features) -> Prediction:
         # Without text there is nothing to read for a classifier of text.
         second = self.scores[1] < self.scores[0] or not features.text
-        return self._both[second].predict(features)
+        found = self._both[second].predict(features)
+        return Prediction(found.weights, found.source, int(second))
 
-    def observe(self, features: Features, output_tokens: int) -> None:
+    def observe(self, features: Features, output_tokens: int, said: Prediction | None = None) -> None:
         rank = self._scheme.output_bucket(output_tokens).rank
         for index, predictor in enumerate(self._both):
             if features.text:
-                weights = predictor.predict(features).weights
+                # What was said when the request came need not be worked out again.
+                known = said if said is not None and said.by == index else predictor.predict(features)
+                weights = known.weights
                 loss = -log(max(LEAST_PROBABILITY, weights[rank] / sum(weights)))
                 self.scores[index] += NEWEST * (loss - self.scores[index])
             predictor.observe(features, output_tokens)

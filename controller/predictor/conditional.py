@@ -42,7 +42,7 @@ class ByInput:
         short, medium, long = self._seen[self._scheme.input_bucket(features.input_tokens)]
         return Prediction((short, medium, long), "input")
 
-    def observe(self, features: Features, output_tokens: int) -> None:
+    def observe(self, features: Features, output_tokens: int, said: Prediction | None = None) -> None:
         seen = self._seen[self._scheme.input_bucket(features.input_tokens)]
         _count(seen, self._scheme.output_bucket(output_tokens).rank)
 
@@ -72,7 +72,7 @@ class Conditional:
             shares = [(count + SHRINKAGE_REQUESTS * share) / total for count, share in zip(counts, shares, strict=True)]
         return Prediction(_weights(shares), "conditional")
 
-    def observe(self, features: Features, output_tokens: int) -> None:
+    def observe(self, features: Features, output_tokens: int, said: Prediction | None = None) -> None:
         self._root.observe(features, output_tokens)
         rank = self._scheme.output_bucket(output_tokens).rank
         for level, key in zip(self._levels, self._keys(features), strict=True):

@@ -41,7 +41,7 @@ class Oracle:
             rank = (rank + 1 + second_half) % BUCKETS
         return Prediction(_certain(rank), "oracle")
 
-    def observe(self, features: Features, output_tokens: int) -> None:
+    def observe(self, features: Features, output_tokens: int, said: Prediction | None = None) -> None:
         """Nothing to learn."""
 
 

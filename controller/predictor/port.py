@@ -32,10 +32,12 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Weights of the output buckets, not below zero and not all zero; they need not sum to one."""
+    """Weights of the output buckets, not below zero and not all zero; they need not sum to one. `by`: which one said
+    it, of a predictor that is made of several."""
 
     weights: Weights
     source: str
+    by: int = 0
 
 
 class Predictor(Protocol):
@@ -44,5 +46,5 @@ class Predictor(Protocol):
 
     def predict(self, features: Features) -> Prediction: ...
 
-    def observe(self, features: Features, output_tokens: int) -> None:
-        """A request with these features has finished."""
+    def observe(self, features: Features, output_tokens: int, said: Prediction | None = None) -> None:
+        """A request with these features has finished. `said`: what was predicted for it, where that is still known."""

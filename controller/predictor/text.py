@@ -134,7 +134,7 @@ class TextPredictor:
         short, medium, long = (float(share) for share in self._model.distribution(features) @ self._share)
         return Prediction((max(0.0, short), max(0.0, medium), max(0.0, long)), "text")
 
-    def observe(self, features: Features, output_tokens: int) -> None:
+    def observe(self, features: Features, output_tokens: int, said: Prediction | None = None) -> None:
         """Nothing: see the class."""
 
 

@@ -423,6 +423,16 @@ class FastEngines:
         return int(self._fleet["spilled"][0])
 
     @property
+    def mispredicted(self) -> int:
+        """Requests that were routed for another output bucket than the true one."""
+        return int(self._fleet["mispredicted"][0])
+
+    @property
+    def outgrown(self) -> int:
+        """Of the mispredicted ones those whose answers grew longer than they were routed for."""
+        return int(self._fleet["outgrown"][0])
+
+    @property
     def refused(self) -> int:
         """Requests that found the queue full, or that no KV cache could hold."""
         return int(self._fleet["refused"][0])

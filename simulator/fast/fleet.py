@@ -77,6 +77,8 @@ class FastResult:
     gaps: NDArray[np.int64]  # by bin and class
     refused: int
     spilled: int
+    mispredicted: int
+    outgrown: int
     decisions: list[Decision]
     observations: list[NodeObservation]
     effects: list[tuple[float, Effect]]
@@ -196,6 +198,8 @@ class FastFleet:
             gaps=engines.gaps - self._gaps_before,
             refused=engines.refused,
             spilled=engines.spilled,
+            mispredicted=engines.mispredicted,
+            outgrown=engines.outgrown,
             decisions=self._decisions,
             observations=self._observations,
             effects=self._effects,

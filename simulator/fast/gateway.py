@@ -133,6 +133,8 @@ def _arrive(
         routing_class = 3 * bucket + _predict(request, true_class % 3, fleet)
         fleet.counters[routing_class, ARRIVED] += 1
         fleet.counters[routing_class, INPUT_TOKENS] += tokens_in
+    fleet.mispredicted += routing_class != true_class
+    fleet.outgrown += routing_class < true_class
     if fleet.queued >= fleet.max_waiting:
         _refuse(true_class, fleet)
         if fleet.preferred[routing_class] > 0:

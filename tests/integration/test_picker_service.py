@@ -10,6 +10,7 @@ import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from common.errors import UserError
 from controller.domain.classes import by_input
@@ -33,8 +34,12 @@ ALL = by_input("all", "SML")
 
 
 @asynccontextmanager
-async def service(**settings: object) -> AsyncIterator[tuple[rpc.GatewayStub, StandInController]]:
+async def service(
+    running: dict[str, float] | None = None, **settings: object
+) -> AsyncIterator[tuple[rpc.GatewayStub, StandInController]]:
+    """`running`: requests that the engines say they have."""
     controller = StandInController()
+    controller.running = running or {}
     settings = {"picker__listen": "127.0.0.1:0", "report_interval_s": 0.05, **settings}
     async with controlling(controller) as port, gateway_process(port, **settings) as gateway:
         short = {"a": "http://127.0.0.1:1", "b": "http://127.0.0.1:2"}
@@ -93,6 +98,12 @@ async def test_what_cannot_be_routed_says_why() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await stub.ReportCompletion(pb.ReportCompletionRequest(ticket="x"))
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        endless = pb.ReportCompletionRequest(
+            ticket=routed[0].ticket, outcome=pb.COMPLETION_OUTCOME_SERVED, output_tokens=4_000_000_000
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.ReportCompletion(endless)
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_what_is_never_reported_is_forgotten() -> None:
@@ -101,6 +112,18 @@ async def test_what_is_never_reported_is_forgotten() -> None:
             await stub.Route(pb.RouteRequest(model=MODEL, input_tokens=5))
         await until(lambda: report(controller, "failed") == 6)
         await stub.Route(pb.RouteRequest(model=MODEL, input_tokens=5))
+
+
+async def test_after_a_restart_what_engines_say_they_have_takes_its_room() -> None:
+    """Streams that their carrier brings to an end, sent by an earlier life of the gateway: it has no ticket of them."""
+    async with service({"a": 2, "b": 0, "c": 5}, picker__overcommit=1) as (stub, controller):  # of two each
+        await until(lambda: controller.asked_status >= 2, timeout_s=30)  # what it was told first is in force
+        routed = [await stub.Route(pb.RouteRequest(model=MODEL, input_tokens=5)) for _ in range(4)]
+        # One always, lest a wrong figure keeps an instance empty.
+        assert sorted(each.instance_id for each in routed) == ["a", "b", "b", "c"]
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.Route(pb.RouteRequest(model=MODEL, input_tokens=5))
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_a_gateway_that_starts_without_its_controller_serves_by_the_last_table(tmp_path: Path) -> None:
@@ -115,14 +138,52 @@ async def test_a_gateway_that_starts_without_its_controller_serves_by_the_last_t
         assert (health["routing_term"], health["routing_version"], health["instances"]) == (4, 9, 1)
 
 
-async def test_over_mutual_tls_only_certificates_of_the_authority_are_let_in(tmp_path: Path) -> None:
+METHODS = {
+    "/envoy.service.ext_proc.v3.ExternalProcessor/Process": "envoy",
+    "/envoy.service.accesslog.v3.AccessLogService/StreamAccessLogs": "envoy",
+    "/envoy.service.endpoint.v3.EndpointDiscoveryService/StreamEndpoints": "envoy",
+    "/dynamollm.v1.Gateway/Route": "tool",
+    "/dynamollm.v1.Gateway/ReportCompletion": "tool",
+}
+OPEN = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+
+
+async def services(channel: grpc.aio.Channel) -> set[str]:
+    """As reflection lists them."""
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    async for answer in stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")])):
+        return {each.name for each in answer.list_services_response.service}
+    return set()
+
+
+async def allowed(channel: grpc.aio.Channel) -> set[str]:
+    """The methods that this caller is not turned away from. Empty bytes are a message of every kind, and nobody's
+    body ends here: an exchange without a message is over at once."""
+    found = set()
+    for method in METHODS:
+        unary = method.startswith("/dynamollm")
+        try:
+            if unary:
+                await channel.unary_unary(method)(b"", timeout=5)
+            else:
+                await anext(aiter(channel.stream_stream(method)(iter(()), timeout=5)), None)
+            found.add(method)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.PERMISSION_DENIED:
+                found.add(method)
+    return found
+
+
+async def test_over_mutual_tls_each_name_may_call_what_its_scope_says(tmp_path: Path) -> None:
     ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
-    server, client, stranger = ours.issue("gateway", "IP:127.0.0.1"), ours.issue("envoy"), theirs.issue("envoy")
+    server, client, stranger = ours.issue("gateway", "IP:127.0.0.1"), ours.issue("tool"), theirs.issue("tool")
+    envoy, unlisted = ours.issue("edge-7", "URI:spiffe://site/envoy"), ours.issue("laptop")
     settings = {
         "picker__listen": "127.0.0.1:0",
         "picker__tls__cert": server.cert,
         "picker__tls__key": server.key,
         "picker__tls__client_ca": ours.pair.cert,
+        "picker__tls__scopes": '{"tool": "tool", "spiffe://site/envoy": "envoy"}',
     }
     controller = StandInController()
     async with controlling(controller) as port, gateway_process(port, **settings) as gateway:
@@ -139,6 +200,14 @@ async def test_over_mutual_tls_only_certificates_of_the_authority_are_let_in(tmp
                     with pytest.raises(grpc.aio.AioRpcError) as refused:
                         await call
                     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        for pair, scope in ((client, "tool"), (envoy, "envoy"), (unlisted, "")):
+            credentials = grpc.ssl_channel_credentials(
+                ours.pair.cert.read_bytes(), pair.key.read_bytes(), pair.cert.read_bytes()
+            )
+            async with grpc.aio.secure_channel(f"127.0.0.1:{gateway.picker_port}", credentials) as channel:
+                assert {method.split("/")[1] for method in METHODS} | OPEN == await services(channel)
+                assert await allowed(channel) == {method for method, needs in METHODS.items() if needs == scope}
+        assert sum('"denied"' in line and "laptop" in line for line in gateway.log) == 1
         async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.picker_port}") as channel:
             with pytest.raises(grpc.aio.AioRpcError):
                 await rpc.GatewayStub(channel).Route(pb.RouteRequest(model=MODEL, input_tokens=5), timeout=5)
@@ -149,7 +218,12 @@ def test_plain_text_stays_on_this_machine_and_half_a_tls_is_refused() -> None:
         GatewayConfig(picker=PickerConfig(listen="0.0.0.0:8801"))
     with pytest.raises(ValueError, match="belong together"):
         PickerConfig.model_validate({"listen": "0.0.0.0:8801", "tls": {"cert": "a.pem"}})
-    tls = PickerTls(cert="/nowhere/a.pem", key="/nowhere/a.key", client_ca="/nowhere/ca.pem")
+    files = {"cert": "/nowhere/a.pem", "key": "/nowhere/a.key", "client_ca": "/nowhere/ca.pem"}
+    with pytest.raises(ValueError, match="scopes say who may call"):
+        PickerTls.model_validate(files)
+    with pytest.raises(ValueError, match="scopes say who may call"):
+        PickerTls(scopes={"a": "envoy"})
+    tls = PickerTls.model_validate(files | {"scopes": {"a": "envoy"}})
     assert GatewayConfig(picker=PickerConfig(listen="0.0.0.0:8801", tls=tls)).picker.tls.on
     with pytest.raises(UserError, match=r"picker\.tls\.client_ca: /nowhere/ca\.pem"):
         tls.check()

@@ -47,6 +47,18 @@ def test_a_streamed_answer_is_judged_by_its_own_class(
     assert got.gap_s.cumulative()[-1] == len(gaps_s)
 
 
+def test_an_answer_that_speaks_for_others_counts_as_often() -> None:
+    one, several = LoadMeter(), LoadMeter()
+    for _ in range(3):
+        one.completed("m", SS, 3, 0.1, [0.02, 0.04])
+        one.completed_whole("m", SS, 10, 1.0)
+    several.completed("m", SS, 3, 0.1, [0.02, 0.04], times=3)
+    several.completed_whole("m", SS, 10, 1.0, times=3)
+    assert several.meter("m", SS).counters() == one.meter("m", SS).counters()
+    assert several.meter("m", SS).gap_s.cumulative() == one.meter("m", SS).gap_s.cumulative()
+    assert several.meter("m", SS).ttft_s.sum == pytest.approx(one.meter("m", SS).ttft_s.sum)
+
+
 @pytest.mark.parametrize(("total_s", "in_slo"), [(1.15, 1), (1.16, 0)])
 def test_a_whole_answer_is_judged_by_the_sum_of_its_bounds(total_s: float, in_slo: int) -> None:
     meter = LoadMeter(Slo())

@@ -91,14 +91,29 @@ class Always:
 
     def __init__(self, rank: int) -> None:
         self._weights = tuple(0.9 if rank == other else 0.05 for other in range(3))
+        self.asked = 0
 
     def use_scheme(self, scheme: ClassScheme) -> None: ...
 
     def predict(self, features: Features) -> Prediction:
+        self.asked += 1
         short, medium, long = self._weights
         return Prediction((short, medium, long), "always")
 
-    def observe(self, features: Features, output_tokens: int) -> None: ...
+    def observe(self, features: Features, output_tokens: int, said: Prediction | None = None) -> None: ...
+
+
+def test_what_was_said_when_a_request_came_is_scored_without_asking_again() -> None:
+    first, second = Always(0), Always(2)
+    best = Best(first, second)
+    read = Features(100, text="x")
+    said = best.predict(read)
+    best.observe(read, 500, said)
+    assert (first.asked, second.asked) == (1, 1)
+    scores = best.scores[:]
+    forgotten = Best(Always(0), Always(2))
+    forgotten.observe(read, 500)
+    assert scores == forgotten.scores
 
 
 def test_the_predictor_that_has_been_right_is_asked_and_text_needs_text() -> None:

@@ -60,6 +60,9 @@ def make_system(name: str, kwh: float, base_kwh: float, **changes: Any) -> dict[
         "cost_usd": 0.12 * kwh,
         "requests": 9000,
         "lost": 0,
+        "spilled": 7.0,
+        "mispredicted": 3210.0,
+        "outgrown": 123.0,
         "energy_by_state_kwh": {
             "serving": 0.7 * kwh,
             "idle": 0.05 * kwh,
@@ -237,6 +240,10 @@ def test_the_page_stands_alone_and_says_the_same_again():
     assert "<s>0.700</s>" in html
     assert "×</td>" in html
     assert '<b class="miss">130</b>' in html  # a token gap beyond the SLO
+
+
+def test_wrong_guesses_are_counted_beside_the_predictors_accuracy():
+    assert "3,210 requests wrong, 123 of them too short; 7 were served by a larger pool" in page(make_result())
 
 
 def test_few_systems_and_no_bound_make_a_page_too():
