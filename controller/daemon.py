@@ -34,15 +34,16 @@ from controller.housekeeping import keep_house
 from controller.leading import LeadKeeper, take_lead
 from controller.loop.journal import JournaledCore, recover_open_frame
 from controller.loop.orders import NotePower, Order, SetMode, SetPowerBudget
-from controller.loop.runtime import Runtime
+from controller.loop.runtime import Runtime, keep_collections_short
+from controller.loop.snapshot import week_of
 from controller.policy.provision import NodePower
 from controller.profile.table import Profile
 from controller.store.engine import open_engine, parse_url
 from controller.store.migrate import require_current
 from controller.store.recorder import Recorder, open_recorder
 from controller.store.records import OrderKind
-from controller.store.repositories import last_orders, last_plan, list_nodes, save_profile
-from controller.trials import run_trials
+from controller.store.repositories import last_orders, last_plan, last_snapshot, list_nodes, save_profile
+from controller.trials import Trials, run_trials
 from dynamollm.v1 import controller_pb2, controller_pb2_grpc
 
 _log = get_logger(__name__)
@@ -114,12 +115,19 @@ async def _run(
         expected_nodes=len(config.agents),
         mode=config.mode,
         plan=last_plan(engine),
+        week=week_of(last_snapshot(engine)),
     )
     _keep_journal(core, recorder, config.spool_dir / "open-frame.jsonl")
     hub = RoutingHub()
     agents: dict[str, AgentClient] = {}
     standing = standing_orders(engine, clock.wall_s())
-    metrics = ControllerMetrics(core.state, recorder.counts, lambda: runtime.missed_ticks, clock.monotonic_s)
+    metrics = ControllerMetrics(
+        core.state,
+        recorder.counts,
+        lambda: runtime.missed_ticks,
+        clock.monotonic_s,
+        lambda: {node_id: agent.circuit_open for node_id, agent in agents.items()},
+    )
 
     def ticked(level: Level, seconds: float) -> None:
         metrics.ticked(level, seconds)
@@ -134,7 +142,7 @@ async def _run(
         config.telemetry_window_s,
         metrics.decided,
         keeper,
-        metrics.ticked,
+        ticked,
         config.provisioner.hook(),
     )
     runtime.restore(standing)
@@ -150,7 +158,9 @@ async def _run(
             deadline_s=config.lease.rpc_deadline_s,
             tls=config.agent_tls if agent.tls else None,
             tls_name=agent.tls_name,
+            most_late_s=(core.state.settings.stale_s + core.state.settings.lost_s) / 2,  # stale, and not lost
         )
+    trials = Trials(runtime, engine, clock)
     service = ControllerService(
         core.state,
         hub,
@@ -162,21 +172,23 @@ async def _run(
         runtime,
         lead.holder,
         recorder.record,
+        lambda: trials.said,
     )
     server = await open_api(config.listen, service, config.tls)
     stop_metrics = serve_metrics(metrics, config.metrics_listen) if config.metrics_listen else None
     keeping = asyncio.create_task(keeper.keep(stop.set))
     housekeeping = asyncio.create_task(keep_house(config, engine, clock))
-    trials = asyncio.create_task(run_trials(runtime, engine, clock))
+    trying = asyncio.create_task(run_trials(trials))
     _log.info("ready", listen=config.listen, term=lead.term, mode=str(core.state.mode), agents=len(agents))
     notify("READY=1\nSTATUS=leads under term " + str(lead.term))
+    keep_collections_short()
     try:
         await runtime.run(stop)
     finally:
         notify("STOPPING=1")
         keeping.cancel()
         housekeeping.cancel()
-        trials.cancel()
+        trying.cancel()
         if keeper.lost_to is None:
             await keeper.give_up()  # at once: another waits for it
         await server.stop(grace=0.5)

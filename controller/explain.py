@@ -189,7 +189,7 @@ def _plan(decision: Decision) -> list[str]:
 def _budget(decision: Decision) -> list[str]:
     """A power budget that was set, is held, or has ended."""
     seen, outcome = decision.inputs, decision.outcome
-    said = [f"What came of it: {decision.sentence}"]
+    said = [f"What it did: {decision.sentence}"]
     if "gpus" in seen:
         hosts = f", beside {seen['hosts_w']:.0f} W of their hosts" if seen["hosts_w"] else ""
         lowest = f"their caps cannot add up to less than {seen['lowest_w']:.0f} W"
@@ -245,6 +245,10 @@ def _demand(demand: Mapping[str, Any], problem: Mapping[str, Any]) -> list[str]:
         shown = ", ".join(f"{name} {mean:.2f} ± {std:.2f}" for name, (mean, std) in largest if mean > 0)
         source = "as configured, since none was seen yet" if demand.get("cold") else "from what gateways reported"
         said.append(f"What it expected: {total:.2f} requests/s ({source}){f'; most of it {shown}' if shown else ''}.")
+    ratios = {name: ratio for name, ratio in demand.get("week_ratios", {}).items() if name in classes}
+    if ratios:
+        name = max(ratios, key=lambda name: classes[name][0])
+        said.append(f"By the shape of the week, the load of {name} becomes {ratios[name]:.2f} times what it was.")
     for partition in problem.get("partitions", [])[:3]:
         asked = ", ".join(f"{pool} {wanted[0]:.2f}" for pool, wanted in partition.items())
         said.append(f"As capacity to provide, in equivalent requests/s: {asked}.")
@@ -324,12 +328,22 @@ def _realised(decision: Decision, realised: DecisionOutcome | None) -> list[str]
     if realised.energy_j is not None:
         parts.append(f"{realised.energy_j / 3.6e6:.3f} kWh")
     if realised.load_rps is not None:
-        parts.append(f"{realised.load_rps:.2f} requests/s arrived")
+        text = f"{realised.load_rps:.2f} requests/s arrived"
+        expected_rps = sum(_expected_rps(decision).values())
+        if decision.level is Level.CLUSTER and expected_rps > 0:  # what a pool's own classes were is not in its record
+            text += f", {realised.load_rps / expected_rps - 1:+.0%} against the forecast"
+        parts.append(text)
     if realised.slo_attainment is not None:
         parts.append(f"{realised.slo_attainment:.1%} of the requests that ended were in SLO")
     if realised.ttft_p99_ms is not None:
         parts.append(f"first token within {realised.ttft_p99_ms:.0f} ms for 99 of 100")
     return [f"What came of it, over the {realised.window_s:.0f} s after it: {'; '.join(parts) or 'nothing measured'}."]
+
+
+def _expected_rps(decision: Decision) -> dict[str, float]:
+    """By class."""
+    classes = decision.inputs.get("demand", {}).get("classes", {})
+    return {name: sum(part[0] for part in parts) for name, parts in classes.items()}
 
 
 def _number(value: Any, form: str) -> str:

@@ -23,7 +23,8 @@ from datetime import UTC, datetime
 from math import ceil
 from pathlib import Path
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, case, func, select
+from sqlalchemy.orm import Session
 
 from common.errors import UserError
 from controller.domain.classes import RequestClass
@@ -296,26 +297,62 @@ def _bias(today: Sequence[_Priced]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One row's time of the history: the energy of all GPUs, and what was served with it."""
+    """One row's time of the history: the energy of all GPUs, and what was served with it. Of `seconds` only `covered_s`
+    may be there: nobody led for a while."""
 
     start_s: float
     seconds: float
     energy_j: float
     requests: float  # equivalent ones
+    covered_s: float
 
 
 def served_minutes(engine: Engine, since_s: float, until_s: float) -> list[Served]:
-    """Oldest first. Raises StoreUnavailable, UserError where there is no profile."""
+    """Oldest first; those of which much was not measured are left out. Summed by the database: a day of a large fleet
+    is millions of rows. Raises StoreUnavailable, UserError where there is no profile."""
     profile, _ = _profile(engine, until_s)
-    group = profile.groups[0].name
+    group, row = profile.groups[0].name, TelemetryMinuteModel
+    unmeasured = func.sum(case((row.energy_j.is_(None), row.seconds), else_=0.0))
+    gpu = (
+        select(
+            row.window_start.label("start_s"),
+            row.window_s.label("long_s"),
+            func.sum(row.seconds).label("seconds"),
+            func.coalesce(func.sum(row.energy_j), 0.0).label("energy_j"),
+            unmeasured.label("unmeasured_s"),
+        )
+        .where(row.window_start >= since_s, row.window_start < until_s)
+        .group_by(row.window_start, row.window_s, row.gpu_uuid)
+        .subquery()
+        .c
+    )
+    sums = select(
+        gpu.start_s,
+        gpu.long_s,
+        func.sum(gpu.seconds),
+        func.sum(gpu.energy_j),
+        func.sum(gpu.unmeasured_s),
+        func.max(gpu.seconds),
+    )
+    windows: dict[float, _Window] = {}
+    covered: dict[float, float] = {}
+    with reading(engine) as session:
+        for start_s, long_s, gpu_s, energy_j, unmeasured_s, most_s in session.execute(
+            sums.group_by(gpu.start_s, gpu.long_s).order_by(gpu.start_s)
+        ):
+            if unmeasured_s < _UNMEASURED * gpu_s:
+                windows[start_s] = _Window(start_s, long_s, energy_j)
+                covered[start_s] = most_s
+        _add_load(session, windows, since_s, until_s, profile.model)
     return [
         Served(
             window.start_s,
             window.seconds,
             window.energy_j,
             profile.equivalent_rate(group, {c: float(n) for c, n in window.completed.items()}, window.tokens),
+            covered[window.start_s],
         )
-        for window in _windows(engine, since_s, until_s, profile.model)
+        for window in windows.values()
     ]
 
 
@@ -332,13 +369,15 @@ def _profile(engine: Engine, until_s: float) -> tuple[Profile, ProfileFit]:
     return profile, fit(profile)
 
 
+# Share of a window's GPU time whose energy may be unknown.
+_UNMEASURED = 0.05
 _WORKING = (GpuState.SERVING.value, GpuState.IDLE.value)
 
 
 def _windows(engine: Engine, since_s: float, until_s: float, model: str) -> list[_Window]:
     """Windows with measured energy, oldest first. A window of which much was not measured is left out."""
     found: dict[float, _Window] = {}
-    row, load = TelemetryMinuteModel, LoadMinuteModel
+    row = TelemetryMinuteModel
     with reading(engine) as session:
         for item in session.execute(
             select(
@@ -360,25 +399,32 @@ def _windows(engine: Engine, since_s: float, until_s: float, model: str) -> list
                 instance.mhz_s += mhz * seconds
                 instance.energy_j += energy_j
                 instance.gpus.add(gpu)
-        sums: dict[tuple[float, RequestClass], list[int]] = {}
-        for start_s, window_s, name, arrived, done, tokens_in, tokens_out in session.execute(
-            select(
-                load.window_start, load.window_s, load.request_class, load.arrived, load.completed,
-                load.input_tokens, load.output_tokens,
-            ).where(load.window_start >= since_s, load.window_start < until_s, load.model == model)
-        ):  # fmt: skip
-            at = sums.setdefault((start_s - start_s % window_s, RequestClass.parse(name)), [0, 0, 0, 0])
-            for index, value in enumerate((arrived, tokens_in, done, tokens_out)):
-                at[index] += value
+        _add_load(session, found, since_s, until_s, model)
+    whole = (window for _, window in sorted(found.items()))
+    return [window for window in whole if window.unmeasured_gpu_s < _UNMEASURED * window.gpu_s]
+
+
+def _add_load(session: Session, windows: Mapping[float, _Window], since_s: float, until_s: float, model: str) -> None:
+    """Puts into each window, by its start, what came and ended in it."""
+    load = LoadMinuteModel
+    sums: dict[tuple[float, RequestClass], list[int]] = {}
+    for start_s, window_s, name, arrived, done, tokens_in, tokens_out in session.execute(
+        select(
+            load.window_start, load.window_s, load.request_class, load.arrived, load.completed,
+            load.input_tokens, load.output_tokens,
+        ).where(load.window_start >= since_s, load.window_start < until_s, load.model == model)
+    ):  # fmt: skip
+        at = sums.setdefault((start_s - start_s % window_s, RequestClass.parse(name)), [0, 0, 0, 0])
+        for index, value in enumerate((arrived, tokens_in, done, tokens_out)):
+            at[index] += value
     for (start_s, request_class), (arrived, tokens_in, done, tokens_out) in sorted(sums.items()):
-        served = found.get(start_s)
+        served = windows.get(start_s)
         if served is None:
             continue
         served.arrived[request_class] = arrived
         served.completed[request_class] = done
         if arrived and done:
             served.tokens[request_class] = (tokens_in / arrived, tokens_out / done)
-    return [found[start] for start in sorted(found) if found[start].unmeasured_gpu_s < 0.05 * found[start].gpu_s]
 
 
 def _day(time_s: float) -> str:

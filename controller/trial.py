@@ -18,6 +18,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 from common.errors import UserError
 from controller.domain.reasons import Mode
@@ -60,6 +61,13 @@ class Trial:
         start_s = self.begins_s + number * self.window_s
         return start_s + self.settle_s, start_s + self.window_s
 
+    def change_after(self, now_s: float) -> float | None:
+        """When the next window begins, or the last one ends; None when all is over."""
+        if now_s >= self.ends_s:
+            return None
+        number = self.window_at(now_s)
+        return self.begins_s if number is None else self.begins_s + (number + 1) * self.window_s
+
     def is_on(self, number: int) -> bool:
         first_on = random.Random(f"{self.seed}/{number // 2}").random() < 0.5
         return first_on == (number % 2 == 0)
@@ -77,7 +85,7 @@ def plan(begins_s: float, total_s: float, window_s: float, settle_s: float, seed
     if window_s < settle_s + 3 * row_s:
         raise UserError(
             f"a window of {window_s:g} s with {settle_s:g} s to settle leaves too few rows of {row_s:g} s.",
-            "Make --window longer.",
+            "Make --window longer. The history's rows are as long as the controller's telemetry_window_s.",
         )
     pairs = int(total_s // (2 * window_s))
     if pairs < LEAST_PAIRS:
@@ -125,6 +133,25 @@ def next_move(
 def overruled(trial: Trial, last: OrderRecord | None) -> bool:
     """Somebody else has set the cluster's mode since the trial began."""
     return last is not None and last.who != WHO and last.ordered_at_s >= trial.begins_s
+
+
+def where_it_stands(trial: Trial, now_s: float, last: OrderRecord | None) -> str:
+    """For whoever looks at the fleet while a trial runs."""
+    number = trial.window_at(now_s)
+    if last is not None and overruled(trial, last):
+        return f"the trial ended when {last.who} set the cluster's mode"
+    if now_s >= trial.ends_s:
+        return _OVER
+    if number is None:
+        return f"{trial.pairs} pairs of windows begin at {_clock(trial.begins_s)}"
+    kind = "on (active)" if trial.is_on(number) else "off (advisory)"
+    if last is not None and last.why.startswith(_given_up(trial, number)):
+        kind = "given up"
+    return f"{_says(trial, number, kind)} until {_clock(trial.begins_s + (number + 1) * trial.window_s)}"
+
+
+def _clock(at_s: float) -> str:
+    return f"{datetime.fromtimestamp(at_s, tz=UTC):%H:%M:%S} UTC"
 
 
 def _says(trial: Trial, number: int, what: str) -> str:

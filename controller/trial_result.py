@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, log, sqrt
+from math import ceil, exp, floor, log, sqrt
 
 from scipy.special import stdtrit
 from sqlalchemy import Engine, select
@@ -49,7 +49,7 @@ class Verdict:
     @property
     def sentence(self) -> str:
         if self.saved_ratio is None or self.low is None or self.high is None:
-            return f"{self.pairs} pairs of windows count so far; {LEAST_PAIRS} are the least."
+            return f"Pairs of windows that count so far: {self.pairs}; {LEAST_PAIRS} are the least."
         interval = f"{self.low:.1%} to {self.high:.1%} of the energy per request, from {self.pairs} pairs of windows"
         return f"Saved {self.saved_ratio:.1%}: {interval}." if self.found else f"No saving found: {interval}."
 
@@ -72,7 +72,7 @@ def mode_orders(engine: Engine) -> list[OrderRecord]:
 def weigh(trial: Trial, orders: Sequence[OrderRecord], minutes: Sequence[Served], now_s: float) -> Verdict:
     """The verdict over rows of the history, oldest first."""
     kept = windows_kept(trial, orders)
-    spent: dict[int, list[float]] = {}  # by window: J, equivalent requests, seconds
+    spent: dict[int, list[float]] = {}  # by window: J, equivalent requests, seconds that the history covers
     for minute in minutes:
         number = trial.window_at(minute.start_s)
         if number is None or number not in kept:
@@ -80,13 +80,14 @@ def weigh(trial: Trial, orders: Sequence[OrderRecord], minutes: Sequence[Served]
         since_s, until_s = trial.span(number)
         if minute.start_s >= since_s and minute.start_s + minute.seconds <= until_s:
             sums = spent.setdefault(number, [0.0, 0.0, 0.0])
-            for index, value in enumerate((minute.energy_j, minute.requests, minute.seconds)):
+            for index, value in enumerate((minute.energy_j, minute.requests, minute.covered_s)):
                 sums[index] += value
     per_request: dict[int, float] = {}
-    for number, (energy_j, requests, seconds) in spent.items():
-        # Rows are cut off at the window's ends: up to one row's length on either side is not counted.
-        least_s = _WHOLE * (trial.window_s - trial.settle_s) - 2 * max(m.seconds for m in minutes)
-        if requests > 0 and energy_j > 0 and seconds >= max(least_s, 0.0):
+    row_s = max((minute.seconds for minute in minutes), default=1.0)
+    for number, (energy_j, requests, covered_s) in spent.items():
+        since_s, until_s = trial.span(number)
+        whole_rows = floor(until_s / row_s + 1e-9) - ceil(since_s / row_s - 1e-9)
+        if requests > 0 and energy_j > 0 and covered_s >= _WHOLE * whole_rows * row_s:
             per_request[number] = energy_j / requests
     ratios, on_j, off_j, over = [], [], [], 0
     for pair in range(trial.pairs):

@@ -219,6 +219,11 @@ def _system(name: str, rows: list[dict[str, Any]], series: dict[str, Any]) -> di
         "verdict": _verdict(name, meets, means["saved_parked"] or 0.0),
         **means,
         "attainment": min(row["attainment"] for row in rows),
+        "attainment_worst_hour": min(
+            (row["attainment_worst_hour"] for row in rows if row["hours_judged"]), default=None
+        ),
+        "hours_judged": sum(row["hours_judged"] for row in rows),
+        "hours_missed": sum(row["hours_missed"] for row in rows),
         "attainment_by_class": {
             c: min(row["attainment_by_class"][c] for row in rows if c in row["attainment_by_class"]) for c in judged
         },

@@ -41,6 +41,9 @@ seed over the same requests, and gives one JSON value. Its schema (`DIR/result.j
       saved_off, saved_parked, saved_wall          fractions against SinglePool of the same seed; negative: more
       attainment                  of the worst judged class, worst seed
       attainment_overall          of all requests together; mean over seeds
+      attainment_worst_hour       of the worst judged class in the worst whole hour, worst seed; null where no hour has
+                                  enough requests
+      hours_judged, hours_missed  of all seeds; missed: some judged class below the SLO within the hour
       attainment_by_class         {class: share}; a class of fewer than 1,000 requests stands in its input bucket
                                   ("S", "M", "L": the whole bucket); worst seed
       meets_slo                   in every seed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,7 @@ def judge(run: SystemRun, slo: Slo, scheme: ClassScheme) -> Verdict:
     """By the true class. Whoever was not served to the end is a miss."""
     classes = classes_of(run.trace, scheme)
     inside = run.trace.arrival_s >= run.warm_up_s
-    bounds_s = np.array([slo.ttft_ms(bucket) / 1e3 for bucket in Bucket])[classes // 3]
-    with np.errstate(invalid="ignore"):
-        good = run.finished & (run.ttft_s <= bounds_s) & (run.tbt_s <= slo.tbt_ms / 1e3)
+    good = _good(run, slo, classes)
     attainment: dict[str, float] = {}
     gap_ms: dict[str, float] = {}
     for name, numbers in judged_classes(classes[inside]).items():
@@ -110,6 +109,36 @@ def judge(run: SystemRun, slo: Slo, scheme: ClassScheme) -> Verdict:
         g <= slo.token_gap_p99_ms for g in gap_ms.values()
     )
     return Verdict(attainment, gap_ms, meets, float(good[inside].mean()) if inside.any() else 1.0)
+
+
+HOUR_S = 3600.0
+
+
+def attainment_by_hour(run: SystemRun, slo: Slo, scheme: ClassScheme) -> list[float]:
+    """Of each whole hour of the window the worst attainment of what has enough requests in it to be judged: a class
+    with 1,000, else its input bucket. A shorter window, or one without such an hour, gives none."""
+    classes = classes_of(run.trace, scheme)
+    good = _good(run, slo, classes)
+    hour = np.floor((run.trace.arrival_s - run.warm_up_s) / HOUR_S).astype(np.int64)
+    # Arrivals are in order: an hour is a slice.
+    edges = np.searchsorted(hour, np.arange(int(run.window_s // HOUR_S) + 1))
+    found = []
+    for begin, end in pairwise(edges):
+        mine, kept = classes[begin:end], good[begin:end]
+        shares = [
+            float(kept[among].mean())
+            for numbers in judged_classes(mine).values()
+            if (among := np.isin(mine, numbers)).sum() >= LEAST_REQUESTS
+        ]
+        if shares:
+            found.append(min(shares))
+    return found
+
+
+def _good(run: SystemRun, slo: Slo, classes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    bounds_s = np.array([slo.ttft_ms(bucket) / 1e3 for bucket in Bucket])[classes // 3]
+    with np.errstate(invalid="ignore"):
+        return np.asarray(run.finished & (run.ttft_s <= bounds_s) & (run.tbt_s <= slo.tbt_ms / 1e3))
 
 
 def energies_kwh(run: SystemRun) -> dict[str, float]:
@@ -138,6 +167,7 @@ def node_off_s(empty_s: tuple[float, float], open_s: float, close_s: float) -> f
 def figures(run: SystemRun, slo: Slo, scheme: ClassScheme) -> dict[str, Any]:
     """All that the ledger says about one run, but for what compares it with others."""
     verdict = judge(run, slo, scheme)
+    hours = attainment_by_hour(run, slo, scheme)
     inside = run.trace.arrival_s >= run.warm_up_s
     served = inside & run.finished
     ttft_ms, tbt_ms = run.ttft_s * 1e3, run.tbt_s * 1e3
@@ -165,6 +195,9 @@ def figures(run: SystemRun, slo: Slo, scheme: ClassScheme) -> dict[str, Any]:
         **energies_kwh(run),
         "attainment": verdict.worst,
         "attainment_overall": verdict.overall,
+        "attainment_worst_hour": min(hours, default=None),
+        "hours_judged": len(hours),
+        "hours_missed": sum(hour < slo.attainment for hour in hours),
         "attainment_by_class": verdict.attainment,
         "gap_by_class_ms": verdict.gap_ms,
         "meets_slo": verdict.meets_slo,

@@ -1,5 +1,6 @@
-"""The controller's benchmark: ticks at 10, 100 and 1,000 nodes, a thousand agents' streams over real gRPC, the
-journal's size, writing to both databases, takeover times, memory over days of virtual time.
+"""The controller's benchmark: ticks at 10, 100 and 1,000 nodes, a power budget at 1,000, a thousand agents' streams
+over real gRPC, the journal's size, writing to both databases, how late ticks are beside what is slow, takeover times,
+memory over days of virtual time.
 
 Seconds are those of the processor, except where a name says "wall"."""
 
@@ -16,73 +17,60 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
-from itertools import count
+from itertools import chain, count
+from math import inf
 from pathlib import Path
 
-import numpy as np
 import structlog
 from sqlalchemy import Engine
 
 from common.clock import SystemClock
 from controller.api.routing_hub import RoutingHub
 from controller.domain.classes import RequestClass
-from controller.domain.layout import Layout, PlannedInstance
 from controller.domain.reasons import Level
 from controller.fleet.grpc import AgentClient
-from controller.fleet.port import (
-    ClassCounters,
-    EffectDone,
-    Event,
-    GpuObservation,
-    InstanceObservation,
-    InstanceState,
-    LoadObservation,
-    LoadSeen,
-    NodeObservation,
-    NodeSeen,
-    Solve,
-    Tick,
-)
+from controller.fleet.port import ClassCounters, Event, InstanceState, LoadObservation, LoadSeen, NodeSeen, Tick
 from controller.loop.accounting import EnergyBook
 from controller.loop.history import OutcomeBook, WindowBook
-from controller.loop.journal import JournaledCore
-from controller.loop.runtime import Runtime, coarse
-from controller.loop.settings import LoopSettings
-from controller.loop.state import Instant
-from controller.policy.milp.plan import plan_for
+from controller.loop.orders import CLUSTER_SCOPE, SetPowerBudget
+from controller.loop.runtime import Runtime, keep_collections_short
 from controller.policy.placement import HeldInstance, place
 from controller.policy.transition import ActualInstance, CapacityModel, next_steps
-from controller.profile.table import Profile
 from controller.store import migrate
 from controller.store.codec import to_row
 from controller.store.engine import open_engine
-from controller.store.records import InputFrame, PlanRecord, Record
+from controller.store.records import InputFrame
 from controller.store.repositories import write_records
 from simulator.bench.metric import Metric
+from tests import lateness
+from tests.busy_fleet import MOST_W, BusyFleet
 from tests.controllerrig import Controller, ControllerRig
-from tests.many_agents import PER_NODE, pool_of
+from tests.many_agents import PER_NODE
 from tests.pg import Postgres, missing
 from tests.store_suite import decision
-from tests.synthetic_profile import MODEL, synthetic_profile
+from tests.synthetic_profile import MODEL
 
 NODES = (10, 100, 1000)
 TICKS = 30
 STREAMED_S = 20.0
 DAYS = 7.0
 TAKEOVERS = 3
+LATE_RUNS, LATE_S = 3, 30.0  # of ticks beside a long solve
 ROWS = 2000
 MONTH_S = 30 * 86_400.0
-STAY_S = 10.0  # of a request
 
 
 def measure(say: Callable[[str], None]) -> list[Metric]:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     metrics: list[Metric] = []
+    keep_collections_short()  # as the controller does
     for nodes in NODES:
         say(f"ticks at {nodes} nodes")
         metrics += _ticks(nodes)
     say(f"planning at {NODES[-1]} nodes")
     metrics += _layout(NODES[-1])
+    say(f"a power budget at {NODES[-1]} nodes")
+    metrics += _budget(NODES[-1])
     say(f"streams of {NODES[-1]} agents over gRPC")
     metrics += asyncio.run(_streams(NODES[-1]))
     say(f"memory over {DAYS:g} days of virtual time")
@@ -94,100 +82,15 @@ def measure(say: Callable[[str], None]) -> list[Metric]:
         say("writing decisions to Postgres")
         with Postgres() as server:
             metrics.append(_writing("Postgres", server.new_database()))
+            say("lateness of ticks")
+            metrics += _lateness(server)
             say("takeovers")
             metrics += _takeovers(server)
     return metrics
 
 
-class _Fleet:
-    """A fleet of `nodes` hosts with four TP2 instances each, all serving. Requests come to each by chance, at a rate of
-    its own, and stay for about ten seconds: what the journal keeps is as hard to pack as it is in earnest."""
-
-    def __init__(self, nodes: int) -> None:
-        self.records: list[Record] = []
-        settings = LoopSettings(model=MODEL, cluster_s=1800, pool_s=300, initial_rps={RequestClass.parse("MS"): 1.0})
-        profile = Profile.from_json(synthetic_profile().to_json())
-        wanted = tuple(
-            PlannedInstance(
-                f"i-{n}-{slot}", pool_of(slot), MODEL, f"n{n}", (f"GPU-{n}-{2 * slot}", f"GPU-{n}-{2 * slot + 1}")
-            )
-            for n in range(nodes)
-            for slot in range(PER_NODE)
-        )
-        pools = {
-            name: {"granted_gpus": 2 * k * nodes, "counts": {"2": k * nodes}, "demand_rps": float(nodes)}
-            for name, k in (("short", 3), ("long", 1))
-        }
-        plan = PlanRecord(1, 1, 0.0, Layout(wanted), pools)
-        self.core = JournaledCore(settings, profile, term=2, expected_nodes=nodes, plan=plan)
-        self.core.keep_journal(self.records.append)
-        self.nodes = nodes
-        self.now_s = 0.0
-        self.gpus = {
-            n: tuple(GpuObservation(f"GPU-{n}-{i}", i, True, 300.0, 0.0, 1200, None) for i in range(8))
-            for n in range(nodes)
-        }
-        self._chance = np.random.default_rng(nodes)
-        self._rate_rps = self._chance.uniform(0.3, 3.0, (nodes, PER_NODE))
-        self._running = self._chance.poisson(STAY_S * self._rate_rps)
-        self._tokens = 1000.0 * self._running
-        self._late_s = self._chance.uniform(0.0, 0.9, nodes)  # of each node's sample, behind the second
-        self._counts = {name: ClassCounters() for name in ("SS", "MS", "LM")}
-
-    def instant(self) -> Instant:
-        return Instant(self.now_s, 1.8e9 + self.now_s)
-
-    def second(self) -> None:
-        """One second of telemetry of every node and a load report, as fine as the runtime lets them in."""
-        came = self._chance.poisson(self._rate_rps)
-        left = self._chance.binomial(self._running, 1 / STAY_S)
-        self._tokens *= 1.0 - left / np.maximum(self._running, 1)
-        self._tokens += self._chance.gamma(1.5, 700.0, came.shape) * came
-        self._running += came - left
-        for number in range(self.nodes):
-            held, tokens = self._running[number].tolist(), self._tokens[number].tolist()
-            instances = tuple(
-                InstanceObservation(
-                    f"i-{number}-{slot}", MODEL, pool_of(slot),
-                    tuple(f"GPU-{number}-{2 * slot + k}" for k in (0, 1)), InstanceState.READY,
-                    f"http://{number}-{slot}", float(held[slot]), 0.0, min(1.0, tokens[slot] / 120_000),
-                )
-                for slot in range(PER_NODE)
-            )  # fmt: skip
-            seen = NodeObservation(
-                f"n{number}", max(0.0, self.now_s - self._late_s[number].item()), self.gpus[number], instances
-            )
-            self.core.handle(self.instant(), coarse(NodeSeen(seen)))
-        self._counts = {name: self._more(counts, int(came.sum()) // 3) for name, counts in self._counts.items()}
-        classes = {RequestClass.parse(name): counts for name, counts in self._counts.items()}
-        self.core.handle(self.instant(), coarse(LoadSeen(LoadObservation("g", "1", self.now_s, MODEL, classes, {}))))
-        self.now_s += 1.0
-
-    def _more(self, was: ClassCounters, mean: int) -> ClassCounters:
-        """A class's counters a second later."""
-        arrived, ended = self._chance.poisson(mean, 2).tolist()
-        tokens_in, tokens_out = (self._chance.gamma(np.maximum(1, [arrived, ended])) * [500, 150]).astype(int).tolist()
-        return ClassCounters(
-            was.arrived + arrived, was.completed + ended, 0, was.in_slo + ended,
-            was.input_tokens + tokens_in, was.output_tokens + tokens_out,
-        )  # fmt: skip
-
-    def tick(self, level: Level) -> float:
-        """Seconds that the answer took, without any solving."""
-        began_s = time.thread_time()
-        step = self.core.handle(self.instant(), Tick(level))
-        took_s = time.thread_time() - began_s
-        for effect in step.effects:
-            if isinstance(effect, Solve):
-                solution = plan_for(effect.problem)
-                self.core.handle(
-                    self.instant(), EffectDone(effect.effect_id, solution.chosen is not None, solution=solution)
-                )
-        return took_s
-
-
 def _ticks(nodes: int) -> list[Metric]:
-    fleet = _Fleet(nodes)
+    fleet = BusyFleet(nodes)
     for _ in range(20):
         fleet.second()
     fleet.tick(Level.INSTANCE)
@@ -238,7 +141,7 @@ def _writing(name: str, url: str) -> Metric:
 
 def _layout(nodes: int) -> list[Metric]:
     """Placing and the next steps for a whole fleet that is cut anew."""
-    fleet = _Fleet(nodes)
+    fleet = BusyFleet(nodes)
     fleet.second()
     state = fleet.core.state
     held = tuple(HeldInstance(i.instance_id, i.pool, i.node_id, i.gpu_uuids, keep=True) for i in state.layout.instances)
@@ -264,6 +167,52 @@ def _layout(nodes: int) -> list[Metric]:
     return [Metric(f"placement and transition, {nodes} nodes", took_s, "s", 0.0, 2.0)]
 
 
+def _budget(nodes: int) -> list[Metric]:
+    """A budget of half of what all GPUs may draw is set, held for a while and lifted: what the longest single answer
+    takes, since that is what a tick may have to wait for, and how many ticks pass before limits and plans hold it."""
+    fleet = BusyFleet(nodes)
+    for _ in range(30):
+        fleet.second()
+    fleet.tick(Level.INSTANCE)
+    state, budget_w = fleet.core.state, 8 * nodes * MOST_W / 2
+    took_s = list[float]()
+    held_after = None
+    for watts in (budget_w, None):
+        took_s += fleet.timed(partial(fleet.core.order, fleet.instant(), SetPowerBudget(CLUSTER_SCOPE, watts, None)))
+        for tick in range(4):
+            if watts and held_after is None and fleet.limits_w() <= budget_w and not state.solving:
+                held_after = tick
+            for _ in range(5):
+                fleet.second()
+            took_s += fleet.timed(partial(fleet.core.handle, fleet.instant(), Tick(Level.INSTANCE)))
+    return [
+        Metric(f"longest answer while a power budget comes and goes, {nodes} nodes", max(took_s), "s", 0.0, 1.0),
+        Metric(
+            f"ticks until a power budget holds, {nodes} nodes", inf if held_after is None else held_after, "", 0.0, 2.0
+        ),
+    ]
+
+
+def _lateness(server: Postgres) -> list[Metric]:
+    """The whole runtime, with the real solver at work all the time and a database that takes a second to answer."""
+    runs = []
+    for _ in range(LATE_RUNS):
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(lateness.measure(server, Path(folder), LATE_S))
+    assert all(run.solving for run in runs)
+    late_s, own_s = (sorted(chain(*each)) for each in zip(*((run.late_s, run.own_s) for run in runs), strict=True))
+    each_s = [lateness.p99(run.late_s) for run in runs]
+    return [
+        Metric(
+            f"tick late beside a {LATE_S:g} s solve and a database that answers in {lateness.ANSWER_S:g} s, p99, wall",
+            lateness.p99(late_s), "s", max(each_s) - min(each_s), 0.05,
+        ),
+        Metric("the same less what the loop waited for a core, p99", lateness.p99(own_s), "s", 0.0, 0.05),
+        Metric("the same, median, wall", statistics.median(late_s), "s", 0.0),
+        Metric("a process that does nothing, p99, wall", max(run.noise_s for run in runs), "s", 0.0),
+    ]  # fmt: skip
+
+
 async def _streams(nodes: int) -> list[Metric]:
     """The whole runtime over as many agents, each a connection of its own, all served by one other process."""
     with tempfile.TemporaryDirectory(prefix="dl-") as folder:
@@ -281,7 +230,7 @@ async def _streams(nodes: int) -> list[Metric]:
 
 
 async def _streaming(nodes: int, folder: str) -> list[Metric]:
-    fleet, clock, late_s = _Fleet(nodes), SystemClock(), list[float]()
+    fleet, clock, late_s = BusyFleet(nodes), SystemClock(), list[float]()
     seen = 0
 
     def sink(event: Event) -> None:
@@ -327,7 +276,7 @@ async def _streaming(nodes: int, folder: str) -> list[Metric]:
 
 def _memory() -> list[Metric]:
     """One small fleet's core and books over days of virtual time: what is kept must not grow with time."""
-    fleet = _Fleet(4)
+    fleet = BusyFleet(4)
     grown: list[tuple[float, int]] = []
     books = WindowBook(2, MODEL, 60.0), EnergyBook(fleet.core.state.pool_of), OutcomeBook(60.0)
     period_s = {Level.INSTANCE: 60, Level.POOL: 300, Level.CLUSTER: 1800}

@@ -134,12 +134,12 @@ class ControllerRig:
 
     # ----------------------------------------------------------------------------------------------------- load
 
-    def serve_load(self, rate_rps: float) -> None:
+    def serve_load(self, rate_rps: float, every_s: float = 1.0) -> None:
         """Reports to every controller that listens, once a second, as one gateway that completes all in SLO."""
 
         def run() -> None:
-            while not self._ended.wait(1.0):
-                self._arrived += rate_rps
+            while not self._ended.wait(every_s):
+                self._arrived += rate_rps * every_s
                 done = int(self._arrived)
                 request = pb.ReportLoadRequest(
                     gateway_id="test",

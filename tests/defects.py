@@ -96,6 +96,12 @@ DEFECTS: dict[str, Defect] = {
     "a pool that plans no more": Defect(
         "controller.loop.pool", "tick", "effect_id = turn.effect_id()", "return"
     ),
+    "a cap that is raised before there is room": Defect(
+        "controller.policy.budget",
+        "next_caps",
+        "if all(more_w <= rooms[scope] + TOLERANCE_W for scope in over):",
+        "if True:",
+    ),
     "a routing that is never told": Defect(
         "controller.loop.instance", "_publish", "state = turn.state", "return"
     ),

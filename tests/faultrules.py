@@ -6,16 +6,19 @@ controller's own view can be asked of it (it cannot know of an engine that died 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from controller.domain.classes import RequestClass
 from controller.domain.reasons import Mode
 from controller.fleet.port import (
     HOLDS_GPUS,
+    ApplyCaps,
     ApplyClocks,
     DrainInstance,
     InstanceState,
     NodeEffect,
+    ReleaseCaps,
     ReleaseClocks,
     RoutingTable,
     StartInstance,
@@ -35,6 +38,8 @@ CALM_S = 90.0
 SETTLED_S = 30.0
 # After this long without a fault, its consequences are dealt with; what is done later is done for its own sake.
 RESTLESS_S = 60.0
+# After this long with the same layout wanted, it is there or on its way.
+ARRIVED_S = 45.0
 # A count of whole requests over the load window says no more of a rate than this.
 RATE_GRAIN_RPS = 1.0 / SETTINGS.load_window_s + 0.01
 _SERVES = (InstanceState.READY, InstanceState.DRAINING)
@@ -97,17 +102,23 @@ class Rules:
         if not drained and not relabelled:
             return
         self.looked("capacity at a step")
+        names = sorted({effect.instance_id for effect in drained} | relabelled)
+        silence_s = run.now_s - life.load_heard_s
+        if silence_s > SETTINGS.load_window_s:
+            self.broken(f"{names} go although nobody has told for {silence_s:.0f} s what they carry")
         ready = [
             seen
             for node_id, seen in state.instances().values()
-            if seen.state is InstanceState.READY and not state.is_lost(node_id, run.now_s)
+            if seen.state is InstanceState.READY and life.silent_s(node_id, run.now_s) <= SETTINGS.lost_s
         ]
         before = [(self.pool_of.get(i.instance_id, i.pool), i.tp) for i in ready if i.instance_id not in self.draining]
         after = [(state.pool_of(i), i.tp) for i in ready if i.instance_id not in state.draining]
-        capacity = self.capacity()
-        short, shorter = shortfall_rps(before, capacity), shortfall_rps(after, capacity)
-        if shorter > short + 1e-6 and not (state.layout_forced and short > 0):
-            names = sorted({effect.instance_id for effect in drained} | relabelled)
+        least, most = self.capacity(min), self.capacity(max)
+        short, shorter = shortfall_rps(before, least), shortfall_rps(after, least)
+        too_small = state.layout_forced and shortfall_rps(before, most) > 0
+        if run.rough is not None and run.rough.standing():
+            return  # what a budget allows may be less than the load
+        if shorter > short + 1e-6 and not too_small:
             self.broken(f"{names} go although {shorter:.2f} requests/s are not carried then ({short:.2f} before)")
 
     def check_rest(self, life: Life) -> None:
@@ -127,16 +138,17 @@ class Rules:
             if self.changed.setdefault(kind, way) != way:
                 self.broken(f"{n} TP{kind[1]} of {kind[0]} instead of {had}, and back again, and nothing had changed")
 
-    def capacity(self) -> CapacityModel:
-        """The least load of the last window: what a controller may have measured."""
+    def capacity(self, bound: Callable[[Iterable[float]], float]) -> CapacityModel:
+        """The least or the most load of the last window: a controller may have measured anything between them."""
         run = self.run
         since_s = run.now_s - SETTINGS.load_window_s - 2.0
         current = max(i for i, (at_s, _) in enumerate(run.rates_log) if at_s <= since_s or i == 0)
         seen = [rates for _, rates in run.rates_log[current:]]
-        least = {c: max(0.0, min(rates[c] for rates in seen) - RATE_GRAIN_RPS) for c in run.rates}
+        grain_rps = RATE_GRAIN_RPS if bound is min else -RATE_GRAIN_RPS
+        rates = {c: max(0.0, bound(rates[c] for rates in seen) - grain_rps) for c in run.rates}
         fit = run.leader.core.state.fit
         return CapacityModel(
-            least,
+            rates,
             {(g.name, tp): fit.max_rate_rps(g.name, tp) for g in PROFILE.groups for tp in PROFILE.tps},
             {(g.name, c): PROFILE.request_weight(g.name, c) for g in PROFILE.groups for c in sorted(g.classes)},
         )
@@ -155,10 +167,12 @@ class Rules:
         match effect:
             case ApplyClocks():
                 self.looked("lease")
-                if state.is_stale(effect.node_id, run.now_s):
+                if life.silent_s(effect.node_id, run.now_s) > SETTINGS.stale_s:
                     self.broken(f"a lock on {effect.node_id} is renewed that nobody can have decided on: it is silent")
                 if effect.ttl_s < 3 * SETTINGS.instance_s:
                     self.broken("a lease that a late tick lets expire")
+            case ApplyCaps() if run.rough is not None:
+                run.rough.sent(life, effect)
             case StartInstance():
                 self.looked("start")
                 if not set(effect.gpu_uuids) <= set(host.gpus):
@@ -169,7 +183,7 @@ class Rules:
                 held = {u for i in known.values() if i.state in HOLDS_GPUS for u in i.gpu_uuids}
                 if held & set(effect.gpu_uuids) and effect.instance_id not in known:
                     self.broken(f"{effect.instance_id} is to start on a GPU that is known to be held")
-                if state.is_lost(effect.node_id, run.now_s):
+                if life.silent_s(effect.node_id, run.now_s) > SETTINGS.lost_s:
                     self.broken(f"{effect.instance_id} is to start on {effect.node_id}, which is lost")
             case DrainInstance():
                 pools = run.table.pools if run.table is not None and run.table.term == life.term else ()
@@ -191,9 +205,11 @@ class Rules:
         self.looked("mode")
         seen = {uuid: i for _, i in state.instances().values() for uuid in i.gpu_uuids if i.state in HOLDS_GPUS}
         match effect:
-            case ApplyClocks():
+            case ApplyClocks() | ApplyCaps():
                 touched = {i.instance_id: i for t in effect.targets for u in t.gpu_uuids if (i := seen.get(u))}
                 pools = {state.pool_of(i) for i in touched.values()}
+            case ReleaseCaps():
+                pools = set()
             case ReleaseClocks():
                 return  # full clock is the safe state
             case StartInstance():
@@ -237,10 +253,15 @@ class Rules:
         if ordered and active_s > 3 * SETTINGS.instance_s:
             for host in run.hosts.values():
                 self.check_leases(life, host)
+            self.check_lost(life, active_s)
         self.check_not_stuck(life)
         calm_s = run.now_s - run.calm_since_s
         if any(other.alive for other in run.lives[:-1]):
             return  # until the leader has spoken to a host, one that was followed may still do as it likes there
+        if ordered and run.reporting and calm_s > CALM_S:
+            self.check_arrived(life)
+        if run.rough is not None and run.rough.standing():
+            return  # what a budget allows may be less than the load
         if ordered and run.reporting and calm_s > SETTLED_S:
             self.check_serving(life)
         # There are GPUs enough on any one node that answers.
@@ -265,6 +286,19 @@ class Rules:
                 if mhz != chosen.mhz or until_s <= run.now_s:
                     self.broken(f"{engine.instance_id} is to run at {chosen.mhz} MHz, and {uuid} is at {mhz}")
 
+    def check_lost(self, life: Life, active_s: float) -> None:
+        """Nothing is wanted any more on a node that has been silent for so long that it counts as lost."""
+        run = self.run
+        silent_s = {node_id: min(active_s, life.silent_s(node_id, run.now_s)) for node_id in run.hosts}
+        if min(silent_s.values()) > SETTINGS.stale_s:
+            return  # there is nowhere to go
+        for item in life.core.state.layout.instances:
+            self.looked("lost node")
+            if silent_s[item.node_id] > SETTINGS.lost_s + 3 * SETTINGS.instance_s:
+                self.broken(
+                    f"{item.instance_id} is wanted on {item.node_id}, silent for {silent_s[item.node_id]:.0f} s"
+                )
+
     def check_not_stuck(self, life: Life) -> None:
         """The slow levels keep deciding, whatever came before."""
         run, state = self.run, life.core.state
@@ -280,6 +314,21 @@ class Rules:
         self.looked("loop goes on")
         if run.now_s - life.pool_decided_s > 2 * SETTINGS.pool_s + 5.0:
             self.broken(f"the loop is stuck: the last pool decision was at {life.pool_decided_s:.0f} s")
+
+    def check_arrived(self, life: Life) -> None:
+        """What is wanted is begun, and what is not wanted goes: no call that failed is waited for."""
+        run, state = self.run, life.core.state
+        if run.now_s - max(state.layout_changed_s, life.free_since_s) <= ARRIVED_S:
+            return
+        self.looked("arrived")
+        wanted = {i.instance_id for i in state.layout.instances if run.hosts[i.node_id].well}
+        there = {e.instance_id: e for h in run.hosts.values() if h.well for e in h.engines.values()}
+        missing = sorted(i for i in wanted if i not in there or there[i].state not in HOLDS_GPUS)
+        if missing:
+            self.broken(f"{missing} are wanted, and nobody starts them")
+        left = sorted(i for i, e in there.items() if e.state in _SERVES and i not in wanted)
+        if left:
+            self.broken(f"{left} are not wanted, and nobody stops them")
 
     def check_serving(self, life: Life) -> None:
         """What is ready gets requests as the load needs, at a clock that carries them."""
@@ -356,7 +405,8 @@ class Rules:
             self.broken("no controller leads at the end")
             return
         state = life.core.state
-        self.check_capacity(f"every GPU has been healthy for {QUIET_S:g} s")
+        if run.rough is None or not run.rough.standing():
+            self.check_capacity(f"every GPU has been healthy for {QUIET_S:g} s")
         wanted = {i.instance_id for i in state.layout.instances}
         there = {e.instance_id for h in run.hosts.values() for e in h.engines.values() if e.state in HOLDS_GPUS}
         if wanted - there and run.now_s - state.layout_changed_s > 20:

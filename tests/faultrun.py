@@ -4,8 +4,9 @@
 
 Agents die, hang, fall silent, lose their answers, come back; hosts reboot and start slowly; starts fail; GPUs break;
 controllers are killed, frozen and wake again beside their successor; the wall clock jumps; the database loses the last
-plan; load jumps. After every event the invariants of tests/faultrules.py are checked, and after a quiet time at the end
-the fleet must carry its load again. Used by tests/faults and the bench.
+plan; load jumps. Every third life is rougher still (tests/roughworld.py). After every event the invariants of
+tests/faultrules.py are checked, and after a quiet time at the end the fleet must carry its load again. Used by
+tests/faults and the bench.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from controller.fleet.port import (
 from controller.gateway.client import supersedes
 from controller.loop.core import Core, Step
 from controller.loop.journal import JournaledCore
-from controller.loop.orders import Order, PlanNow, SetMode
+from controller.loop.orders import Order, PlanNow, SetMode, SetPowerBudget
 from controller.loop.state import Instant
 from controller.policy.milp.plan import plan_for
 from controller.policy.routing import pools_for
@@ -47,6 +48,7 @@ from controller.store.records import PlanRecord, Record
 from tests.faultrules import Rules
 from tests.faultworld import (
     FAULTY_S,
+    FREE_W,
     LM,
     MS,
     NODES,
@@ -57,6 +59,7 @@ from tests.faultworld import (
     WALL_S,
     Host,
 )
+from tests.roughworld import ROUGH_SETTINGS, RoughWorld, is_rough
 from tests.synthetic_profile import MODEL
 
 
@@ -72,6 +75,12 @@ class Life:
     free_since_s: float = 0.0  # since it began, or woke
     pool_decided_s: float = float("-inf")
     held: list[Event] = field(default_factory=list)  # what waits in its queue while it is frozen
+    heard_s: dict[str, float] = field(default_factory=dict)  # by node: of the newest sample that it was told
+    load_heard_s: float = float("-inf")  # of the newest report that it was told
+
+    def silent_s(self, node_id: str, now_s: float) -> float:
+        """For how long it has not heard of a node; whatever it makes of that itself."""
+        return now_s - self.heard_s.get(node_id, float("-inf"))
 
 
 @dataclass
@@ -118,6 +127,11 @@ class Run:
         self.modes: dict[str, Mode] = {}
         self.modes_since_s = 0.0
         self.rules = Rules(self)
+        self.rough = RoughWorld(self, seed) if is_rough(seed) else None
+        self.settings = ROUGH_SETTINGS if self.rough else SETTINGS
+        if self.rough is not None:
+            for host in self.hosts.values():
+                host.limits_w = dict.fromkeys(host.gpus, FREE_W)
 
     # ------------------------------------------------------------------------------------------------- the run
 
@@ -139,8 +153,12 @@ class Run:
             act(*arguments)
             self.report.events += 1
             self.rules.always()
+            if self.rough is not None:
+                self.rough.always()
         if not self.report.broken:
             self.rules.at_the_end()
+            if self.rough is not None:
+                self.rough.at_the_end()
         for life in self.lives:
             if isinstance(life.core, JournaledCore):
                 life.core.close_journal(self.instant())
@@ -171,13 +189,15 @@ class Run:
             plan = self.plans[-2] if lost and len(self.plans) > 1 else self.plans[-1]
         term = len(self.lives) + 1
         kind = JournaledCore if self.journal else Core
-        core = kind(SETTINGS, PROFILE, term=term, expected_nodes=NODES, plan=plan)
+        core = kind(self.settings, PROFILE, term=term, expected_nodes=NODES, plan=plan)
         if isinstance(core, JournaledCore):
             core.keep_journal(self.report.inputs.append)
         life = Life(core, term, self.now_s, free_since_s=self.now_s)
         self.lives.append(life)
         for scope, mode in self.modes.items():
             self.took(life, core.order(self.instant(), SetMode(scope, mode)))
+        for budget in self.rough.budgets.values() if self.rough else ():
+            self.took(life, core.order(self.instant(), budget))
 
     def told(self, life: Life, event: Event) -> None:
         if not life.alive:
@@ -185,6 +205,10 @@ class Run:
         if self.now_s < life.frozen_until_s:
             life.held.append(event)
             return
+        if isinstance(event, NodeSeen):
+            life.heard_s[event.observation.node_id] = event.observation.observed_at_s
+        elif isinstance(event, LoadSeen):
+            life.load_heard_s = event.observation.observed_at_s
         self.rules.before_step(life)
         self.took(life, life.core.handle(self.instant(), event))
 
@@ -248,13 +272,14 @@ class Run:
         host = self.hosts[effect.node_id]
         self.rules.sent(life, effect)
         delay_s = REPLY_S
-        if host.hangs or not host.up:
+        fate = self.rough.fate(effect) if self.rough else ""
+        if host.hangs or not host.up or fate == "unheard":
             wrong, delay_s = "UNAVAILABLE", SETTINGS.rpc_deadline_s
         else:
             wrong = host.obey(life.term, effect, self.now_s)
             if not wrong:
                 self.rules.obeyed(life, host)
-            if host.deaf:
+            if host.deaf or fate:
                 wrong, delay_s = "DEADLINE_EXCEEDED", SETTINGS.rpc_deadline_s
         self.report.refused += bool(wrong)
         self.at(self.now_s + delay_s, self.told, life, EffectDone(effect.effect_id, ok=not wrong, detail=wrong))
@@ -341,10 +366,7 @@ class Run:
                     dead = self.chance.choice(alive)
                     dead.state, dead.running = InstanceState.FAILED, 0.0
             case "reboot":
-                host.engines.clear()
-                host.locks.clear()
-                host.up = False
-                self.at(back_s, self.agent_back, host)
+                self.dies_for(host, back_s - self.now_s)
             case "controller":
                 self.dies(self.leader)
                 self.at(self.now_s + self.chance.uniform(1, 15), self.begin_life)
@@ -376,6 +398,14 @@ class Run:
         pause_s = self.chance.expovariate(1 / 6) if self.chance.random() < 0.75 else self.chance.uniform(91, 120)
         self.at(min(self.now_s + pause_s, FAULTY_S), self.fault)
 
+    def dies_for(self, host: Host, seconds: float) -> None:
+        """A host with all that runs on it."""
+        self.calm_since_s = self.now_s
+        host.engines.clear()
+        host.locks.clear()
+        host.up = False
+        self.at(self.now_s + seconds, self.agent_back, host)
+
     def back(self, host: Host, name: str, value: bool) -> None:
         setattr(host, name, value)
         host.well_since_s = self.calm_since_s = self.now_s
@@ -403,7 +433,12 @@ class Run:
             self.modes[order.scope] = order.mode
             self.modes_since_s = self.now_s
         self.rules.before_step(life)
+        if self.rough is not None and isinstance(order, SetPowerBudget):
+            self.rough.takes(order)
+            self.rough.settling = True
         self.took(life, life.core.order(self.instant(), order))
+        if self.rough is not None:
+            self.rough.settling = False
 
     def heal(self) -> None:
         """From here on nothing fails; what is still to come back comes back now."""
@@ -423,8 +458,12 @@ class Run:
         self.wakes(self.leader)
         if not self.leader.alive:
             self.begin_life()
-        for scope in ("cluster", *self.modes):
+        held_back = [scope for scope, mode in self.modes.items() if mode is not Mode.ACTIVE]
+        # An order makes a controller look at everything anew: in a rough life no needless one helps it.
+        for scope in held_back if self.rough is not None else ("cluster", *self.modes):
             self.ordered(SetMode(scope, Mode.ACTIVE))
+        if self.rough is not None:
+            self.rough.heal()
         self.load({c: min(rate, 1.5) for c, rate in self.rates.items()})
 
 

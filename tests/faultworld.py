@@ -13,6 +13,7 @@ from common.clock import VirtualClock
 from controller.domain.classes import RequestClass
 from controller.fleet.port import (
     HOLDS_GPUS,
+    ApplyCaps,
     ApplyClocks,
     DrainInstance,
     GpuObservation,
@@ -20,6 +21,7 @@ from controller.fleet.port import (
     InstanceState,
     NodeEffect,
     NodeObservation,
+    ReleaseCaps,
     ReleaseClocks,
     StartInstance,
     StopInstance,
@@ -33,6 +35,7 @@ from tests.synthetic_profile import MODEL, synthetic_profile
 NODES, GPUS = 3, 8
 FAULTY_S, QUIET_S = 420.0, 150.0
 START_S, STOP_S, REPLY_S = 12.0, 2.0, 0.05
+LOW_W, FREE_W = 200.0, 700.0  # the range of a GPU's power limit; it is free at the upper end
 SLOW = 6.0  # times as long as usual a slow host takes to start an engine
 WALL_S = 1.8e9
 MS, LM = RequestClass.parse("MS"), RequestClass.parse("LM")
@@ -77,6 +80,7 @@ class Host:
     engines: dict[str, Engine] = field(default_factory=dict)
     bad: set[str] = field(default_factory=set)
     locks: dict[str, tuple[int, float]] = field(default_factory=dict)  # GPU -> MHz, until
+    limits_w: dict[str, float] = field(default_factory=dict)  # by GPU, where its driver tells; as it stands
     up: bool = True  # the agent's process
     heard: bool = True  # its telemetry gets through
     hangs: bool = False  # it answers no call
@@ -116,6 +120,11 @@ class Host:
             case ReleaseClocks():
                 for uuid in effect.gpu_uuids:
                     self.locks.pop(uuid, None)
+            case ApplyCaps():  # outlives the agent and a reboot
+                for cap in effect.targets:
+                    self.limits_w.update(dict.fromkeys(cap.gpu_uuids, cap.watts))
+            case ReleaseCaps():
+                self.limits_w.update(dict.fromkeys(effect.gpu_uuids, FREE_W))
             case StartInstance():
                 return self._start(effect, now_s)
             case DrainInstance():
@@ -167,9 +176,12 @@ class Host:
 
     def observation(self, now_s: float) -> NodeObservation:
         gpus = tuple(
-            GpuObservation(uuid, i, uuid not in self.bad, 100.0, now_s * 100, 1000, None)
+            GpuObservation(
+                uuid, i, uuid not in self.bad, 100.0, now_s * 100, 1000, None,
+                self.limits_w.get(uuid), (LOW_W, FREE_W) if uuid in self.limits_w else None,
+            )
             for i, uuid in enumerate(self.gpus)
-        )
+        )  # fmt: skip
         instances = tuple(
             InstanceObservation(
                 e.instance_id, MODEL, e.pool, e.gpus, e.state, f"http://{e.instance_id}", round(e.running), 0.0,

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from controller.domain.classes import RequestClass
+from controller.domain.reasons import Mode
 from controller.fleet.port import HOLDS_GPUS, InstanceObservation, InstanceState
 from controller.loop.state import State
 from controller.policy.stabilise import price
@@ -75,6 +76,55 @@ def predicted_power_w(state: State, now_s: float) -> float | None:
         return None
     demand = {name: plan.demand_rps for name, plan in pools.items()}
     return price(state.fit, state.layout.counts(), demand, state.usable_gpus(now_s)).power_w
+
+
+def drifts(state: State, now_s: float) -> list[str]:
+    """Instances whose GPUs are not at the clock that was chosen for them, though there was time for it: somebody locked
+    them by hand, which is respected, or the GPU did not take it."""
+    found = []
+    clocks = dict(state.clocks)
+    for node in sorted(dict(state.nodes).values(), key=lambda node: node.node_id):
+        if state.is_stale(node.node_id, now_s):
+            continue
+        locked = {gpu.uuid: gpu.locked_mhz for gpu in node.gpus}
+        for instance in node.instances:
+            chosen = clocks.get(instance.instance_id)
+            if chosen is None or chosen.cap_w is not None or instance.state is not InstanceState.READY:
+                continue
+            if now_s - chosen.at_s < _SETTLES_PERIODS * state.settings.instance_s:
+                continue
+            if state.mode_of(state.pool_of(instance), node.node_id) is not Mode.ACTIVE:
+                continue
+            other = {mhz for uuid in instance.gpu_uuids if _differs(mhz := locked.get(uuid), chosen.mhz)}
+            if other:
+                is_at = " and ".join(_clock(mhz) for mhz in sorted(other, key=lambda mhz: mhz or 0))
+                found.append(f"{instance.instance_id} on {node.node_id} is {is_at}, not {_clock(chosen.mhz)}")
+    return found
+
+
+def drift_line(state: State, now_s: float) -> str:
+    """For people; "" where everything is at its clock."""
+    found = drifts(state, now_s)
+    more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"{'; '.join(found[:_NAMED])}{more}: an operator's lock, or one that was not taken" if found else ""
+
+
+DRIFT_LINE = "drift"  # its key beside the levels' sentences
+_NAMED = 3
+# A clock that was chosen is locked by the next tick but one.
+_SETTLES_PERIODS = 3
+# GPUs know clocks in steps; the agent takes the nearest.
+_STEP_MHZ = 15
+
+
+def _differs(locked_mhz: int | None, chosen_mhz: int | None) -> bool:
+    if locked_mhz is None or chosen_mhz is None:
+        return locked_mhz != chosen_mhz
+    return abs(locked_mhz - chosen_mhz) > _STEP_MHZ
+
+
+def _clock(mhz: int | None) -> str:
+    return "unlocked" if mhz is None else f"locked to {mhz} MHz"
 
 
 def power_w(state: State, node_id: str, gpu_uuids: Iterable[str]) -> float | None:

@@ -6,14 +6,14 @@ Base units, prefix `dynamollm_`, reasons from the closed enums as labels, never 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from common.errors import EXIT_UNAVAILABLE, UserError
-from controller.api.figures import pool_figures, predicted_power_w
+from controller.api.figures import drifts, pool_figures, predicted_power_w
 from controller.domain.decision import Decision
 from controller.domain.reasons import Level, Mode
 from controller.loop.state import State
@@ -31,11 +31,14 @@ class ControllerMetrics(Collector):
         recorder: Callable[[], RecorderCounts],
         missed_ticks: Callable[[], int],
         monotonic_s: Callable[[], float],
+        circuits_open: Callable[[], Mapping[str, bool]],
     ) -> None:
+        """`circuits_open`: by node, whether calls to its agent fail at once."""
         self._state = state
         self._recorder = recorder
         self._missed_ticks = missed_ticks
         self._monotonic_s = monotonic_s
+        self._circuits_open = circuits_open
         self._decisions: Counter[tuple[str, str]] = Counter()
         self.ticks = Histogram(
             "dynamollm_tick_seconds",
@@ -61,6 +64,14 @@ class ControllerMetrics(Collector):
         yield decisions
         yield from self.ticks.collect()
         yield from _nodes(state, now_s)
+        circuit = GaugeMetricFamily(
+            "dynamollm_agent_circuit_open",
+            "1 while calls to a node's agent fail at once, because it left the last ones unanswered.",
+            labels=["node"],
+        )
+        for node_id, is_open in sorted(self._circuits_open().items()):
+            circuit.add_metric([node_id], is_open)
+        yield circuit
         yield from _pools(state, now_s)
         clocks = GaugeMetricFamily(
             "dynamollm_instance_locked_clock_hertz",
@@ -71,6 +82,11 @@ class ControllerMetrics(Collector):
             if chosen.mhz is not None:
                 clocks.add_metric([instance_id], chosen.mhz * 1e6)
         yield clocks
+        yield GaugeMetricFamily(
+            "dynamollm_instances_drifted",
+            "Instances whose GPUs are not at the clock chosen for them.",
+            len(drifts(state, now_s)),
+        )
         mode = GaugeMetricFamily("dynamollm_controller_mode", "1 for the cluster's mode.", labels=["mode"])
         for each in Mode:
             mode.add_metric([each.value], state.mode is each)
@@ -174,7 +190,10 @@ def _pools(state: State, now_s: float) -> Iterator[Metric]:
     slo = gauge("slo_attainment_ratio", "Share of the requests of the last minutes in SLO; absent without any.")
     queued = gauge("queued_requests", "Requests that wait at gateways.")
     power = gauge("power_watts", "Power of a pool's instances; absent while unknown.")
+    off = gauge("forecast_error_ratio", "Mean distance of its load from the forecast, over its mean load; of a day.")
+    above = gauge("forecast_exceeded_ratio", "Share of the forecasts whose quantile its load was above; of a day.")
     for figures in pool_figures(state, now_s):
+        error = state.forecast_errors.get(figures.name)
         for family, value in (
             (granted, figures.granted_gpus),
             (used, figures.used_gpus),
@@ -185,10 +204,15 @@ def _pools(state: State, now_s: float) -> Iterator[Metric]:
             (slo, figures.slo_attainment),
             (queued, figures.queued),
             (power, figures.power_w),
+            (off, error.ratio if error else None),
+            (above, error.above if error else None),
         ):
             if value is not None:
                 family.add_metric([figures.name], value)
-    yield from (granted, used, ready, rate, planned, carried, slo, queued, power)
+    yield from (granted, used, ready, rate, planned, carried, slo, queued, power, off, above)
+    yield GaugeMetricFamily(
+        "dynamollm_forecast_week_slots", "Half hours of the week, of 336, whose load is known.", len(state.week.slots)
+    )
 
 
 def serve_metrics(collector: ControllerMetrics, address: str) -> Callable[[], None]:

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 
 from controller.api.budgets import budget_from_wire, budgets_to_wire
 from controller.api.choices import choices_from_wire
-from controller.api.figures import pool_figures, power_w, predicted_power_w
+from controller.api.figures import DRIFT_LINE, drift_line, pool_figures, power_w, predicted_power_w
 from controller.api.gate import asker
 from controller.api.routing_hub import RoutingHub
 from controller.api.wire import (
@@ -38,6 +38,7 @@ from controller.preview import preview
 from controller.store.recorder import RecorderCounts
 from controller.store.records import OrderKind, Record
 from controller.store.repositories import StoredDecision, get_decision, list_decisions
+from controller.trials import TRIAL_LINE
 from dynamollm.v1 import controller_pb2 as pb
 from dynamollm.v1 import controller_pb2_grpc as rpc
 from dynamollm.v1 import types_pb2 as types
@@ -60,9 +61,11 @@ class ControllerService(rpc.ControllerServicer):
         runtime: Runtime,
         holder: str,
         record: Callable[[Record], None],
+        trial: Callable[[], str],
     ) -> None:
-        """`record` must neither block nor raise (store/recorder.py)."""
+        """`record` must neither block nor raise (store/recorder.py). `trial` says how a trial stands."""
         self._record = record
+        self._trial = trial
         self._state = state
         self._runtime = runtime
         self._holder = holder
@@ -113,7 +116,7 @@ class ControllerService(rpc.ControllerServicer):
             term=state.term,
             pools=self._pools(),
             nodes=self._nodes(),
-            last_sentences=_sentences(state),
+            last_sentences=_sentences(state, self._trial(), self._monotonic_s()),
             decisions_recorded=counts.recorded,
             decisions_spooled=counts.in_memory + counts.spooled,
             modes=_modes(state),
@@ -281,11 +284,11 @@ class ControllerService(rpc.ControllerServicer):
         ]
 
 
-def _sentences(state: State) -> dict[str, str]:
-    """What each level said last, and what is to be known of the profile."""
+def _sentences(state: State, trial: str, now_s: float) -> dict[str, str]:
+    """What each level said last, and what is to be known of the profile, of a trial and of clocks set by others."""
     said = {str(level): sentence for level, sentence in state.sentences.items()}
-    line = status_line(state)
-    return {**said, PROFILE_LINE: line} if line else said
+    beside = {PROFILE_LINE: status_line(state), TRIAL_LINE: trial, DRIFT_LINE: drift_line(state, now_s)}
+    return {**said, **{name: line for name, line in beside.items() if line}}
 
 
 def _modes(state: State) -> list[pb.ScopeMode]:

@@ -56,6 +56,7 @@ def routing_to_wire(table: RoutingTable) -> pb.WatchRoutingResponse:
                         weight=instance.weight,
                         accepts_new=instance.accepts_new,
                         marginal_joules=instance.marginal_j,
+                        standby_load=instance.standby_load,
                     )
                     for instance in pool.instances
                 ],
@@ -88,6 +89,7 @@ def routing_from_wire(message: pb.WatchRoutingResponse) -> RoutingTable:
                     weight=instance.weight,
                     accepts_new=instance.accepts_new,
                     marginal_j=tuple(instance.marginal_joules),
+                    standby_load=instance.standby_load,
                 )
                 for instance in pool.instances
             ),

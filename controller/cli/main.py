@@ -97,8 +97,10 @@ def status(controller: ControllerOption = DEFAULT_CONTROLLER, as_json: JsonOptio
     for level in Level:
         if level.value in answer.last_sentences:
             console.print(f"{level.value}: {answer.last_sentences[level.value]}")
-    if "profile" in answer.last_sentences:
-        console.print(f"profile: {answer.last_sentences['profile']}", style="yellow", highlight=False, soft_wrap=True)
+    for beside in ("profile", "drift", "trial"):
+        if beside in answer.last_sentences:
+            said = f"{beside}: {answer.last_sentences[beside]}"
+            console.print(said, style="yellow", highlight=False, soft_wrap=True)
 
 
 @node.command("list")

@@ -84,7 +84,7 @@ def _trial(url: str, lasts: str, window: str, settle: str, seed: int, stop: bool
     from controller.store.engine import open_engine
     from controller.store.migrate import require_current
     from controller.store.records import OrderKind, OrderRecord
-    from controller.store.repositories import write_records
+    from controller.store.repositories import rows_s, write_records
     from controller.trial import Trial, overruled, plan
     from controller.trial_result import mode_orders, result
     from controller.trials import last_trial
@@ -108,7 +108,8 @@ def _trial(url: str, lasts: str, window: str, settle: str, seed: int, stop: bool
     if lasts:
         if running is not None and now_s < running.ends_s:
             raise UserError("a trial is running.", "See it with `dynamollm savings --ab`, end it with --stop.")
-        running = plan(now_s, _seconds(lasts), _seconds(window), _seconds(settle), seed)
+        row_s = rows_s(engine)
+        running = plan(now_s, _seconds(lasts), _seconds(window), _seconds(settle), seed, row_s)
         order(running)
     if running is None:
         raise UserError("there is no trial.", "Begin one: `dynamollm savings --ab --for 6h`.")
@@ -118,13 +119,22 @@ def _trial(url: str, lasts: str, window: str, settle: str, seed: int, stop: bool
     orders = mode_orders(engine)
     over = stop or now_s >= running.ends_s or overruled(running, orders[-1] if orders else None)
     if as_json:
-        shown = {**asdict(running), **asdict(found), "found": found.found, "over": over, "said": found.sentence}
+        shown = {
+            **asdict(running),
+            **asdict(found),
+            "row_s": rows_s(engine),
+            "found": found.found,
+            "over": over,
+            "said": found.sentence,
+        }
         typer.echo(json.dumps(shown, indent=2))
         return
     begins, ends = (
-        datetime.fromtimestamp(t, tz=UTC).strftime("%Y-%m-%d %H:%M") for t in (running.begins_s, running.ends_s)
+        datetime.fromtimestamp(t, tz=UTC).strftime("%Y-%m-%d %H:%M:%S") for t in (running.begins_s, running.ends_s)
     )
-    length = f"{running.pairs} pairs of windows of {running.window_s / 60:g} minutes"
+    window_s = running.window_s
+    long = f"{window_s / 60:g} minutes" if window_s % 60 == 0 else f"{window_s:g} s"
+    length = f"{running.pairs} pairs of windows of {long}"
     console.print(f"{length}, {begins} to {ends} UTC, {'over' if over else 'running'}.", highlight=False)
     if found.left_out:
         console.print(f"{found.left_out} pairs are left out: not kept, or not measured whole.", highlight=False)

@@ -93,6 +93,6 @@ def _nodes(status: pb.GetStatusResponse) -> Text:
 
 
 def _said(status: pb.GetStatusResponse) -> Text:
-    said = (*map(str, Level), "profile")
+    said = (*map(str, Level), "profile", "drift", "trial")
     lines = [f"{level}: {status.last_sentences[level]}" for level in said if level in status.last_sentences]
     return Text("\n".join(lines))

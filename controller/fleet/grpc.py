@@ -2,6 +2,7 @@
 
 Observations are pushed into `sink` as they arrive; effects run as tasks under a deadline and report `EffectDone`.
 A lost agent is retried for ever with back-off; meanwhile its observations simply stop and the core sees their age.
+Effects of an agent that leaves calls unanswered fail at once (controller/fleet/breaker.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import grpc
@@ -18,6 +20,8 @@ import stamina
 from common.clock import Clock
 from common.logs import get_logger
 from common.tls import ClientTls, Renewing
+from controller.fleet.arrival import Arrivals
+from controller.fleet.breaker import Breaker
 from controller.fleet.port import (
     ApplyCaps,
     ApplyClocks,
@@ -42,6 +46,12 @@ from dynamollm.v1 import types_pb2 as types
 _log = get_logger(__name__)
 # gRPC keeps an idle channel in back-off for up to two minutes by default; an agent restarts in a second.
 _CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2000)]
+# Any other code is the answer of an agent that is there.
+_NO_ANSWER = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
+# An open circuit costs at most one deadline in so many.
+_OPEN_DEADLINES = 8.0
+# Without a sample for so long a node is heard again with the next one, also on a stream that never broke.
+_SILENT_INTERVALS = 3.0
 
 
 class AgentClient:
@@ -60,9 +70,12 @@ class AgentClient:
         deadline_s: float,
         tls: ClientTls | None = None,
         tls_name: str = "",
+        most_late_s: float = 30.0,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         """`tls` counts for addresses that are no unix socket; `tls_name` is what the agent's certificate says where
-        that is not the address's host. Raises UserError when a certificate cannot be read."""
+        that is not the address's host. A sample that came later than `most_late_s` is taken for that old. `chance`
+        (0 … 1) spreads trials of agents that do not answer. Raises UserError when a certificate cannot be read."""
         self.node_id = node_id
         self.address = address
         self._sink = sink
@@ -71,11 +84,19 @@ class AgentClient:
         self._term = term
         self._interval_s = interval_s
         self._deadline_s = deadline_s
+        self._most_late_s = most_late_s
+        self._heard_s = -inf  # when the last sample of a stream that stands came
+        self._breaker = Breaker(deadline_s, _OPEN_DEADLINES * deadline_s, chance)
         self._link = Renewing(rpc.NodeAgentStub, self.address, tls, tls_name, _CHANNEL_OPTIONS)
         self._instances: dict[str, types.Instance] = {}
         self._indices: dict[str, int] = {}
         self._limits_w: dict[str, tuple[float, float]] = {}
         self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def circuit_open(self) -> bool:
+        """True while calls fail at once, because the agent has left the last ones unanswered."""
+        return self._breaker.is_open
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._watch(loop)) for loop in (self._telemetry, self._watch_instances)]
@@ -110,8 +131,19 @@ class AgentClient:
         }
         listed = await self._link.stub.ListInstances(pb.ListInstancesRequest(), timeout=self._deadline_s)
         self._instances = {instance.spec.instance_id: instance for instance in listed.instances}
-        async for sample in self._link.stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=self._interval_s)):
-            self._sink(NodeSeen(self._observe(sample)))
+        arrivals = Arrivals(self._most_late_s)
+        try:
+            async for sample in self._link.stub.WatchTelemetry(pb.WatchTelemetryRequest(interval_s=self._interval_s)):
+                taken_s = came_s = self._clock.monotonic_s()
+                if sample.HasField("sampled_at"):
+                    taken_s = arrivals.taken_s(came_s, sample.sampled_at.seconds + sample.sampled_at.nanos / 1e9)
+                # Only after a silence: an agent may report all the time and yet hang in every call.
+                if self._is_silent(came_s):
+                    self._answered()
+                self._heard_s = came_s
+                self._sink(NodeSeen(self._observe(sample, taken_s)))
+        finally:
+            self._heard_s = -inf
 
     async def _watch_instances(self) -> None:
         first = True
@@ -121,11 +153,11 @@ class AgentClient:
                 first = False
             self._instances.update((instance.spec.instance_id, instance) for instance in update.instances)
 
-    def _observe(self, sample: pb.WatchTelemetryResponse) -> NodeObservation:
+    def _observe(self, sample: pb.WatchTelemetryResponse, taken_s: float) -> NodeObservation:
         live = {item.instance_id: item for item in sample.instances}
         observation = NodeObservation(
             node_id=self.node_id,
-            observed_at_s=self._clock.monotonic_s(),
+            observed_at_s=taken_s,
             gpus=tuple(
                 _gpu(gpu, self._indices.get(gpu.uuid, 0), sample.draining, self._limits_w.get(gpu.uuid))
                 for gpu in sample.gpus
@@ -144,14 +176,44 @@ class AgentClient:
 
     async def execute(self, effect: NodeEffect) -> EffectDone:
         """Carries one effect out. Never raises: a failure is an EffectDone that says what went wrong."""
+        now_s = self._clock.monotonic_s()
+        if not self._breaker.admits(now_s) and not self._is_always_tried(effect, now_s):
+            unsent = (
+                f"not sent: {self.node_id} left the last {self._breaker.failed_calls} calls unanswered; "
+                "one is tried now and then until it answers or reports again"
+            )
+            return EffectDone(effect.effect_id, ok=False, detail=unsent)
         try:
             # Idempotent by request id, so one retry within the deadline is safe.
             for attempt in stamina.retry_context(on=_transient, attempts=2, wait_initial=0.1, timeout=self._deadline_s):
                 with attempt:
                     detail = await self._call(effect)
-            return EffectDone(effect.effect_id, ok=not detail, detail=detail)
         except grpc.aio.AioRpcError as error:
+            if error.code() not in _NO_ANSWER:
+                self._answered()
+            elif self._breaker.failed(self._clock.monotonic_s()):
+                _log.warning("agent_circuit_open", node=self.node_id, code=error.code().name, detail=error.details())
             return EffectDone(effect.effect_id, ok=False, detail=f"{error.code().name}: {error.details()}")
+        self._answered()
+        return EffectDone(effect.effect_id, ok=not detail, detail=detail)
+
+    def _is_always_tried(self, effect: NodeEffect, now_s: float) -> bool:
+        """A cap that guards a budget: nobody else lowers the power. And the clocks of a node that reports: it may do as
+        it is told and only be slow to say so; unsent, its leases would run out, or hold a clock that is too low."""
+        match effect:
+            case ApplyCaps():
+                return effect.protects
+            case ApplyClocks():
+                return not self._is_silent(now_s)
+            case _:
+                return False
+
+    def _is_silent(self, now_s: float) -> bool:
+        return now_s - self._heard_s > _SILENT_INTERVALS * self._interval_s
+
+    def _answered(self) -> None:
+        if self._breaker.answered():
+            _log.info("agent_circuit_closed", node=self.node_id)
 
     async def _call(self, effect: NodeEffect) -> str:
         """Returns what went wrong in part, "" for success."""

@@ -222,6 +222,9 @@ class RoutedInstance:
     accepts_new: bool
     # Joules of one request more, holding 0, 1/n … n/n of `max_in_flight` (policy/routing/table.py); empty: not known.
     marginal_j: tuple[float, ...] = ()
+    # 0: it serves. Otherwise it stands by, loaded, and is weighed as if it had this load beside its own: a burst that
+    # those that serve cannot take reaches it at once, without waiting for a tick.
+    standby_load: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

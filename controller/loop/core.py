@@ -24,9 +24,11 @@ from controller.fleet.port import (
 from controller.loop import budget, cluster, instance, modes, pool, provision, refusing
 from controller.loop.load import LoadBook
 from controller.loop.orders import CorrectProfile, NoteEngines, NotePower, Order, PlanNow, SetMode, SetPowerBudget
+from controller.loop.planning import foresee
 from controller.loop.profile_in_use import columns_of, correct, curves_of, note_engines
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant, PoolPlan, State, Turn
+from controller.loop.week import WeekBook
 from controller.profile.table import Profile
 from controller.store.records import PlanRecord
 
@@ -57,8 +59,9 @@ class Core:
         expected_nodes: int,
         mode: Mode = Mode.ACTIVE,
         plan: PlanRecord | None = None,
+        week: WeekBook | None = None,
     ) -> None:
-        """`plan` is the one recorded last: a restarted controller carries on from it."""
+        """`plan` and `week` are those recorded last: a restarted controller carries on from them."""
         curves = curves_of(settings, profile)
         self.state = State(
             settings=settings,
@@ -70,6 +73,7 @@ class Core:
             mode=mode,
             load=LoadBook(keep_s=max(_LEAST_KEPT_S, _KEEP_EPOCHS * settings.cluster_s)),
             expected_nodes=expected_nodes,
+            week=week or WeekBook(),
         )
         if plan is not None:
             _restore(self.state, plan)
@@ -85,7 +89,9 @@ class Core:
                 self._node_seen(turn, event.observation)
             case LoadSeen():
                 if event.observation.model == state.settings.model:
-                    state.load.add(event.observation)
+                    window = state.load.add(event.observation)
+                    if window is not None:
+                        state.week.add(now, window)
             case EffectDone():
                 self._effect_done(turn, event)
             case Tick():
@@ -138,6 +144,7 @@ class Core:
         elif level is Level.CLUSTER:
             cluster.tick(turn, "tick")
         elif level is Level.POOL:
+            foresee(turn)
             for name in sorted(state.pools):
                 if state.mode_of(name, "") is not Mode.PAUSED:
                     pool.tick(turn, name, "tick")

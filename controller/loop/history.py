@@ -149,6 +149,8 @@ class _Open:
     decision: Decision
     began_s: float  # wall
     energy_j: float = 0.0
+    longest_s: float = 0.0  # span between two readings; 0: none was taken
+    told: bool = False  # by any gateway
     ended: int = 0
     in_slo: int = 0
     arrived: int = 0
@@ -168,11 +170,14 @@ class OutcomeBook:
 
     def add(self, entry: EnergyEntry) -> None:
         for key in ((Level.CLUSTER, "cluster"), (Level.POOL, entry.pool), (Level.INSTANCE, entry.instance_id)):
-            if key in self._open:
-                self._open[key].energy_j += entry.energy_j
+            item = self._open.get(key)
+            if item is not None:
+                item.energy_j += entry.energy_j
+                item.longest_s = max(item.longest_s, entry.seconds)
 
     def add_load(self, window: LoadWindow, pool_classes: Mapping[str, frozenset[RequestClass]]) -> None:
         for key, item in self._open.items():
+            item.told = True
             for request_class, counts in window.classes.items():
                 if _concerns(key, request_class, pool_classes):
                     item.ended += counts.completed + counts.failed
@@ -209,15 +214,17 @@ class OutcomeBook:
         window_s = now.wall_s - item.began_s
         whole = key[0] is not Level.INSTANCE  # requests are not told by instance
         latency = item.latency
+        # Overtaken before it was measured: that is unknown, not 0 W.
+        measured = 0 < item.longest_s <= window_s
         return [
             DecisionOutcome(
                 item.decision.term,
                 item.decision.number,
                 measured_at_s=now.wall_s,
                 window_s=window_s,
-                power_w=item.energy_j / window_s,
-                energy_j=item.energy_j,
-                load_rps=item.arrived / window_s if whole else None,
+                power_w=item.energy_j / window_s if measured else None,
+                energy_j=item.energy_j if measured else None,
+                load_rps=item.arrived / window_s if whole and item.told else None,
                 slo_attainment=item.in_slo / item.ended if item.ended else None,
                 ttft_p99_ms=latency.ttft.quantile_ms(0.99) if latency else None,
                 token_gap_p99_ms=latency.gap.quantile_ms(0.99) if latency else None,

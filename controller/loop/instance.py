@@ -24,6 +24,7 @@ from controller.fleet.port import (
     PublishRouting,
     ReleaseCaps,
     ReleaseClocks,
+    RoutedInstance,
     RoutedPool,
     RoutingTable,
     StartInstance,
@@ -65,14 +66,15 @@ _OF_WHAT_IS_SEEN = (StepKind.DRAIN, StepKind.STOP)
 def tick(turn: Turn) -> None:
     """One fast tick: who serves, steps, routing, clocks."""
     pace.look(turn)
-    rates = serving.with_bursts(turn, serving.pool_rates(turn, turn.state.settings.load_window_s))
+    rates = serving.pool_rates(turn, turn.state.settings.load_window_s)
+    wanted = serving.with_bursts(turn, rates)
     emergency.look(turn)
     serving.choose(turn, rates)
     serving.look_ahead(turn)
     reconcile(turn, renew=True)
-    if rates is None:  # the first routing table may have been made just now: only with it the load of a pool is known
-        rates = serving.with_bursts(turn, serving.pool_rates(turn, turn.state.settings.load_window_s))
-    _set_clocks(turn, rates)
+    if wanted is None:  # the first routing table may have been made just now: only with it the load of a pool is known
+        wanted = serving.with_bursts(turn, serving.pool_rates(turn, turn.state.settings.load_window_s))
+    _set_clocks(turn, wanted)
 
 
 # ------------------------------------------------------------------------------------------------ transitions
@@ -104,7 +106,12 @@ def _narrowed(before: Iterable[RoutedPool], after: Iterable[RoutedPool]) -> bool
 
 
 def _open_weight(pool: RoutedPool) -> float:
-    return sum(instance.weight for instance in pool.instances if instance.accepts_new)
+    return sum(instance.weight for instance in pool.instances if _shares(instance))
+
+
+def _shares(instance: RoutedInstance) -> bool:
+    """True for one that has its share of the pool's load, as none on standby has."""
+    return instance.accepts_new and not instance.standby_load
 
 
 def stands(turn: Turn) -> bool:
@@ -242,9 +249,10 @@ def _capacity(turn: Turn, rates: Mapping[RequestClass, float] | None) -> Capacit
 
 
 def _groups(turn: Turn) -> tuple[ClassGroup, ...]:
-    """The planned pools, and those of an earlier partition that instances still serve."""
+    """The planned pools, and those of an earlier partition that instances still serve: what failed there is no pool."""
     state = turn.state
-    names = set(state.pools) | {state.pool_of(instance) for _, instance in state.instances().values()}
+    alive = (instance for _, instance in state.instances().values() if instance.state in (*_UP, *_WORKING))
+    names = set(state.pools) | {state.pool_of(instance) for instance in alive}
     return tuple(group for group in state.profile.groups if group.name in names)
 
 
@@ -287,7 +295,9 @@ def _publish(turn: Turn, position: int, renew: bool) -> None:
             state.pool_of(instance),
             instance.endpoint,
             instance.tp,
-            accepts_new=serving.serves(state, instance) and instance.instance_id not in stopping,
+            accepts_new=(serving.serves(state, instance) or serving.on_call(state, instance))
+            and instance.instance_id not in stopping,
+            on_call=serving.on_call(state, instance),
         )
         for _, instance in state.instances().values()
         if instance.state in _WORKING and instance.endpoint
@@ -323,11 +333,11 @@ def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
     carried: dict[str, float] = {}
     shares: dict[str, float] = {}  # by instance; looked up once per instance and tick, so it must not be searched for
     for pool in state.routing.pools if state.routing else ():
-        sharing = [instance.weight for instance in pool.instances if instance.accepts_new]
+        sharing = [instance.weight for instance in pool.instances if _shares(instance)]
         carried[pool.name] = carried_share(len(sharing))
         weights[pool.name] = sum(sharing) * carried[pool.name]
         for routed in pool.instances:
-            if routed.accepts_new:
+            if _shares(routed):
                 shares.setdefault(routed.instance_id, routed.weight)
     batches = {(pool, tp): held / max(1.0, carried.get(pool, 1.0)) for (pool, tp), held in _mean_batches(turn).items()}
     # Nodes that are stale, and what is paused, are not decided on, so not renewed: their locks expire.
@@ -477,6 +487,10 @@ def _take(
     )
     if stands_by and standby is not None:
         choice = ClockChoice(standby.mhz, Reason.IDLE, 0.0, standby.power_w, None)
+        curves = fit.clocks(ask.group, ask.tp)
+        if serving.on_call(state, instance) and curves:  # the lowest at which it answers in time
+            idle_w = state.fit.idle_power_w(ask.tp, curves[0].mhz)
+            choice = ClockChoice(curves[0].mhz, Reason.IDLE, 0.0, idle_w, None)
     mhz = choice.mhz if choice.mhz < state.profile.full_mhz else None
     if had is None or (had.mhz, had.cap_w) != (mhz, choice.cap_w) or had.reason is not choice.reason:
         lost = () if stands_by else explain_clock(fit, ask, choice, settings)

@@ -6,7 +6,7 @@ Glue between the state and the pure policies; every choice itself is made in con
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import sqrt
 
 from controller.domain.classes import ALL_CLASSES, RequestClass
@@ -14,12 +14,14 @@ from controller.domain.decision import Json, SolverReport
 from controller.domain.layout import Layout
 from controller.fleet.port import HOLDS_GPUS, InstanceState
 from controller.loop import caps
-from controller.loop.state import Instant, State
+from controller.loop.state import Instant, State, Turn, rates_json
+from controller.loop.week import Foreseen, hold_against
 from controller.policy.forecast import ForecastSettings, LoadWindow, RateForecast, combine, forecast
 from controller.policy.idle import LONE_SHARE, keep_s
 from controller.policy.milp.problem import PartitionResult, PlanProblem, PlanSolution, PoolDemand
 from controller.policy.placement import HeldInstance, Placed, place
 from controller.policy.stabilise import LayoutPrice, Verdict, price, starts_needed
+from controller.policy.template import expected_ratio, raised
 from controller.policy.transition import TransitionSettings, can_roll
 
 # A peak of the load is its mean over this long.
@@ -45,6 +47,8 @@ class Demand:
     parts: Mapping[RequestClass, tuple[RateForecast, ...]]  # one per gateway
     mean_tokens: Mapping[RequestClass, tuple[float, float]]
     cold: bool
+    # By class, where the shape of the week is known: the load that it expects over that of now.
+    week_ratios: Mapping[RequestClass, float] = field(default_factory=dict)
 
     def pool_rps(self, state: State, pool: str, quantile: float) -> float:
         """Equivalent requests/s of a pool's own classes at the quantile."""
@@ -86,6 +90,7 @@ class Demand:
                 str(request_class): [round(mean_in, 3), round(mean_out, 3)]
                 for request_class, (mean_in, mean_out) in sorted(self.mean_tokens.items())
             },
+            **({"week_ratios": rates_json(self.week_ratios)} if self.week_ratios else {}),
         }
 
 
@@ -95,9 +100,10 @@ def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | No
     What is decided now serves only after a start, and until what is decided next has started: the horizon is longer
     than the period by one start.
     """
-    horizon_s += max(state.start_s(tp) for tp in state.profile.tps)
+    horizon_s = ahead_s(state, horizon_s)
     settings = ForecastSettings(half_life_s=state.settings.forecast_half_life_s, quantile=state.settings.quantile)
     parts: dict[RequestClass, tuple[RateForecast, ...]] = {}
+    shape = {c: expected_ratio(state.week.slots, c, now.wall_s, horizon_s) for c in ALL_CLASSES}
     for windows in state.load.by_gateway(now.monotonic_s, settings.max_age_s).values():
         for request_class in ALL_CLASSES:
             counted = [
@@ -107,13 +113,13 @@ def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | No
             ]
             part = forecast(counted, now.monotonic_s, horizon_s, settings)
             if part is not None:
-                parts[request_class] = (*parts.get(request_class, ()), part)
+                parts[request_class] = (*parts.get(request_class, ()), raised(part, shape[request_class]))
     tokens = state.load.mean_tokens(now.monotonic_s, settings.max_age_s)
     seen_s = max((part.observed_s for seen in parts.values() for part in seen), default=0.0)
     # Silence before the first request says less than the operator's own expectation, for a while.
     expecting = bool(state.settings.initial_rps) and not state.load.any_arrived
     if parts and seen_s >= (state.settings.hold_s if expecting else state.settings.load_window_s):
-        return Demand(parts, tokens, cold=False)
+        return Demand(parts, tokens, False, {c: ratio for c, ratio in shape.items() if ratio is not None})
     # The expectation makes the first plan and no later one: a restarted controller holds what it finds instead.
     if state.settings.initial_rps and not state.pools:
         return Demand(
@@ -126,6 +132,31 @@ def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | No
             cold=True,
         )
     return None
+
+
+def ahead_s(state: State, period_s: float) -> float:
+    """The horizon of what is decided now and may be decided anew after `period_s`."""
+    return period_s + max(state.start_s(tp) for tp in state.profile.tps)
+
+
+def foresee(turn: Turn) -> None:
+    """Holds the forecasts of before against what came, and remembers those of now: each is of its horizon's second half
+    (policy/forecast.py), and of the pool's requests as they arrive."""
+    state, now = turn.state, turn.now
+    hold_against(state, now.monotonic_s)
+    awaited = [pool for pool in state.pools if pool not in state.foreseen]
+    demand = expected_demand(state, now, state.settings.look_ahead_s) if awaited else None
+    if demand is None or demand.cold:
+        return
+    horizon_s = ahead_s(state, state.settings.look_ahead_s)
+    for pool in awaited:
+        parts = [(1.0, part) for c in sorted(state.pools[pool].group.classes) for part in demand.parts.get(c, ())]
+        state.foreseen[pool] = Foreseen(
+            sum(part.mean_rps for _, part in parts),
+            combine(parts, state.settings.quantile),
+            now.monotonic_s + horizon_s / 2,
+            now.monotonic_s + horizon_s,
+        )
 
 
 def build_problem(

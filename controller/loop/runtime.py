@@ -1,20 +1,26 @@
 """Drives the core on a real fleet: APScheduler ticks, agents' observations, effects, recording, leadership.
 
-One asyncio loop owns the core; nothing else touches it. Solving runs in a thread (HiGHS releases the GIL), database
+One asyncio loop owns the core; nothing else touches it. Solving runs in a process of its own (loop/solver.py), database
 writes in the recorder's thread, calls to agents as tasks: a slow one of these never delays the next tick.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from math import floor
 from typing import Any, Protocol
 
-from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_MISSED, JobExecutionEvent
+from apscheduler.events import (
+    EVENT_JOB_ERROR,
+    EVENT_JOB_MISSED,
+    EVENT_JOB_SUBMITTED,
+    JobExecutionEvent,
+    JobSubmissionEvent,
+)
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 
 from common.clock import Clock
@@ -59,8 +65,8 @@ from controller.loop.measured import PowerBook
 from controller.loop.orders import CLUSTER_SCOPE, NoteEngines, Order, SetMode, SetPowerBudget
 from controller.loop.planning import counts_json, transition_pending
 from controller.loop.profile_in_use import curves_of
+from controller.loop.solver import Solver, SolverFailed
 from controller.loop.state import Instant, State
-from controller.policy.milp.plan import plan_for
 from controller.policy.provision import NodePower
 from controller.store.records import ActionKind, ActionRecord, NodeRecord, OrderKind, OrderRecord, PlanRecord, Record
 
@@ -113,6 +119,7 @@ class Runtime:
         keeper: Keeper | None = None,
         on_tick: Callable[[Level, float], None] = lambda _, __: None,
         hook: PowerHook | None = None,
+        solver: Solver | None = None,
     ) -> None:
         settings, term = core.state.settings, core.state.term
         self._core = core
@@ -139,7 +146,7 @@ class Runtime:
         self._reports = LoadBook(keep_s=telemetry_window_s)
         self._transitions = TransitionLog(term, settings.model)
         self._scheduler = AsyncIOScheduler()
-        self._solvers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="solver")
+        self._solver = solver or Solver()
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_said: dict[Level, str] = {}
         self._last_asked: dict[tuple[str, str], tuple[ClockTarget | CapTarget, ...]] = {}
@@ -191,7 +198,7 @@ class Runtime:
                 task.cancel()
             await asyncio.gather(worker, stopping, *self._tasks, return_exceptions=True)
             await asyncio.gather(*(agent.close() for agent in self._agents.values()))
-            self._solvers.shutdown(wait=False, cancel_futures=True)
+            await self._solver.close()
             self._write(self._windows.close_due(self._now(), force=True))
             self._core.close_journal(self._now())
 
@@ -214,12 +221,18 @@ class Runtime:
                 # A late tick is still worth a decision until the next one is due; the default of 1 s drops it silently.
                 misfire_grace_time=max(1, int(period_s)),
             )
+        self._scheduler.add_listener(self._tick_due, EVENT_JOB_SUBMITTED)
         self._scheduler.add_listener(self._tick_lost, EVENT_JOB_MISSED | EVENT_JOB_ERROR)
         self._scheduler.start()
 
-    def _due(self, level: Level) -> None:
-        self._due_s.setdefault(level, time.monotonic())
+    async def _due(self, level: Level) -> None:
+        # A coroutine: APScheduler runs plain functions in asyncio's threads, where they wait for those that wait for
+        # the database.
         self._events.put_nowait(Tick(level))
+
+    def _tick_due(self, event: JobSubmissionEvent) -> None:
+        late_s = self._clock.wall_s() - event.scheduled_run_times[-1].timestamp()
+        self._due_s.setdefault(Level(event.job_id), time.monotonic() - max(0.0, late_s))
 
     def _tick_lost(self, event: JobExecutionEvent) -> None:
         self.missed_ticks += 1
@@ -344,8 +357,12 @@ class Runtime:
         task.add_done_callback(self._tasks.discard)
 
     async def _solve(self, effect: Solve) -> None:
-        loop = asyncio.get_running_loop()
-        solution = await loop.run_in_executor(self._solvers, plan_for, effect.problem)
+        try:
+            solution = await self._solver.solve(effect.problem)
+        except SolverFailed as error:
+            _log.error("not_solved", problem=effect.problem.problem_id, detail=str(error))
+            self.sink(EffectDone(effect.effect_id, ok=False, detail=str(error)))
+            return
         self.sink(EffectDone(effect.effect_id, ok=solution.chosen is not None, solution=solution))
 
     async def _execute(self, effect: NodeEffect) -> None:
@@ -379,6 +396,13 @@ class Runtime:
     def _now(self) -> Instant:
         # To the microsecond, as databases keep times: more digits would only fill the journal.
         return Instant(round(self._clock.monotonic_s(), 6), round(self._clock.wall_s(), 6))
+
+
+def keep_collections_short() -> None:
+    """To be called when all is loaded: Python's garbage collector does not look at it any more. A look at all of it
+    takes a tenth of a second, in which nothing else runs."""
+    gc.collect()
+    gc.freeze()
 
 
 def coarse(event: Event) -> Event:

@@ -27,12 +27,20 @@ BURST_EVERY_S = 60.0
 
 
 def serves(state: State, instance: InstanceObservation) -> bool:
-    """True for an instance that gets requests."""
-    return (
-        instance.state is InstanceState.READY
-        and instance.instance_id not in state.draining
-        and instance.instance_id not in state.standby
-    )
+    """True for an instance that gets requests as a rule."""
+    return may_serve(state, instance) and instance.instance_id not in state.standby
+
+
+def may_serve(state: State, instance: InstanceObservation) -> bool:
+    return instance.state is InstanceState.READY and instance.instance_id not in state.draining
+
+
+def on_call(state: State, instance: InstanceObservation) -> bool:
+    """True for an instance that stands by and gets what those that serve cannot take: where the load comes in bursts.
+    Elsewhere chance alone would wake it again and again."""
+    if instance.instance_id not in state.standby or state.pool_of(instance) not in state.bursty:
+        return False
+    return may_serve(state, instance)
 
 
 def pool_rates(turn: Turn, window_s: float) -> dict[str, float] | None:
@@ -45,9 +53,11 @@ def pool_rates(turn: Turn, window_s: float) -> dict[str, float] | None:
     shares: dict[str, dict[RequestClass, float]] = {}
     for request_class in ALL_CLASSES:
         if rates.get(request_class):
-            own = pools_for(state.routing.pools, request_class)
-            if own:
-                shares.setdefault(own[0].name, {})[request_class] = rates[request_class]
+            able = pools_for(state.routing.pools, request_class)
+            # While its own pool has nothing that serves, a larger one carries it, and needs the clocks for it.
+            serving = next((pool for pool in able if any(i.accepts_new for i in pool.instances)), None)
+            if able:
+                shares.setdefault((serving or able[0]).name, {})[request_class] = rates[request_class]
     return {
         pool.name: state.profile.equivalent_rate(pool.name, shares.get(pool.name, {}), tokens)
         for pool in state.routing.pools
@@ -55,7 +65,7 @@ def pool_rates(turn: Turn, window_s: float) -> dict[str, float] | None:
 
 
 def with_bursts(turn: Turn, rates: Mapping[str, float] | None) -> dict[str, float] | None:
-    """The load that clocks and standby are chosen for: what is seen, and what a burst may add before the next tick."""
+    """The load that clocks are chosen for: what is seen, and what a burst may add before the next tick."""
     state, now = turn.state, turn.now
     if rates is None or not state.settings.knobs.standby:
         return None if rates is None else dict(rates)
@@ -64,13 +74,16 @@ def with_bursts(turn: Turn, rates: Mapping[str, float] | None) -> dict[str, floa
         tokens = state.load.mean_tokens(now.monotonic_s, BURST_PAST_S)
         known = {group.name for group in state.profile.groups}
         state.burst_rps = {pool: burst_rps(state, now, pool, tokens) for pool in sorted(rates) if pool in known}
+        means = pool_rates(turn, BURST_PAST_S) or {}
+        state.bursty = frozenset(pool for pool, rps in state.burst_rps.items() if rps > means.get(pool, 0.0))
     return {pool: rate + state.burst_rps.get(pool, 0.0) for pool, rate in rates.items()}
 
 
 def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
-    """Chooses for the time until the next tick, for the larger of the load just now (`rates`) and over the last minute:
-    more serve soon, fewer later. Where the load is unknown, or requests wait for room, all serve, and so does whatever
-    is not to be touched. In an emergency all serve, and the pool manager is asked for more."""
+    """Chooses for the time until the next tick, for the larger of the load just now (`rates`) and over the last minute,
+    and for a burst on top of it: more serve soon, fewer later. Where the load is unknown, or requests wait for room,
+    all serve, and so does whatever is not to be touched. In an emergency all serve, and the pool manager is asked for
+    more."""
     state, now_s = turn.state, turn.now.monotonic_s
     if not state.settings.knobs.standby:
         return
@@ -94,9 +107,10 @@ def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
         waiting = queues[pool].waiting if pool in queues else 0
         if rates is None or steady is None or pool not in rates:
             continue
-        rate_rps = max(rates[pool], steady[pool] + state.burst_rps.get(pool, 0.0))
+        seen_rps = max(rates[pool], steady[pool])
+        rate_rps = seen_rps + state.burst_rps.get(pool, 0.0)
         if emergency.stage_of(state, pool) is not Stage.NONE:
-            _ask_for_more(turn, pool, plan, rate_rps)
+            _ask_for_more(turn, pool, plan, seen_rps)
             continue
         if waiting:
             continue
@@ -107,8 +121,8 @@ def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
         there = Counter(instance.tp for instance in mine)
         now = Counter(instance.tp for instance in mine if instance.instance_id not in state.standby)
         choice = _choice(state, pool, there, rate_rps, now)
-        if not choice.carries:
-            _ask_for_more(turn, pool, plan, rate_rps)
+        if not choice.carries:  # for a burst that goes beyond the plan all serve; it is over before a start is
+            _ask_for_more(turn, pool, plan, seen_rps)
         left = Counter(choice.counts)
         for instance in mine:
             if left[instance.tp] > 0:

@@ -53,7 +53,8 @@ class LoopSettings:
     # clock is chosen. That load keeps a margin below the measured knee already (profile/fit.py).
     serve_fill: float = 1.0
     # Deviations of the load from one five seconds to the next, beyond those of independent arrivals, that instances
-    # are kept serving for: a burst does not wait for the next tick.
+    # are kept serving for: a burst does not wait for the next tick. What goes beyond falls to those on standby, which
+    # begin at a low clock.
     burst_deviations: float = 6.0
     # The load that decides who stands by is the larger of that over `load_window_s` and over this window.
     serve_window_s: float = 60.0

@@ -7,6 +7,7 @@ from its annotations, so that nothing a decision depends on can be forgotten.
 from __future__ import annotations
 
 import copy
+import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -17,6 +18,7 @@ from controller.domain.decision import canonical_json
 from controller.loop.profile_in_use import refit
 from controller.loop.settings import LoopSettings
 from controller.loop.state import State
+from controller.loop.week import WeekBook
 
 # Made anew from settings and profile.
 DERIVED = frozenset({"settings", "profile", "profile_checksum", "fit", "columns", "capped_fits"})
@@ -59,6 +61,15 @@ def restore(state: State, data: dict[str, Any]) -> None:
         setattr(state, name, decode(hints[name], value))
     if state.corrections or state.paces:
         refit(state)
+
+
+def week_of(text: str | None) -> WeekBook | None:
+    """The shape of the week in a snapshot of whatever version; None where it is missing or written otherwise. What was
+    counted of the half hour under way is left: it has a gap now."""
+    try:
+        return None if text is None else WeekBook(decode(WeekBook, json.loads(text)["state"]["week"]).slots)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return None
 
 
 def _copied(value: Any) -> Any:

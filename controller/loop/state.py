@@ -18,6 +18,7 @@ from controller.fleet.port import Effect, InstanceObservation, InstanceState, No
 from controller.loop.load import LoadBook
 from controller.loop.orders import NODE_PREFIX, POOL_PREFIX, most_cautious
 from controller.loop.settings import LoopSettings
+from controller.loop.week import ForecastError, Foreseen, WeekBook
 from controller.policy.emergency import Ladder
 from controller.policy.milp.problem import Column, PlanProblem
 from controller.policy.provision import NodePower
@@ -139,6 +140,10 @@ class State:
     term: int
     mode: Mode
     load: LoadBook
+    # The load of a week's half hours; by pool, a forecast whose span has not ended, and how far those before were off.
+    week: WeekBook = field(default_factory=WeekBook)
+    foreseen: dict[str, Foreseen] = field(default_factory=dict)
+    forecast_errors: dict[str, ForecastError] = field(default_factory=dict)
     nodes: dict[str, NodeObservation] = field(default_factory=dict)
     expected_nodes: int = 0
     first_event_s: float | None = None
@@ -157,6 +162,8 @@ class State:
     # By pool: what bursts may add to the load within seconds, in equivalent requests/s; and when it was looked at last.
     burst_rps: dict[str, float] = field(default_factory=dict)
     burst_seen_s: float = float("-inf")
+    # Pools whose bursts are larger than their mean load: there those that stand by are on call.
+    bursty: frozenset[str] = frozenset()
     looked_ahead_s: float = float("-inf")  # when the plans were last held against the forecast
     asked_s: dict[str, float] = field(default_factory=dict)  # by pool: when it was last planned anew between periods
     # Emergency ladders, by pool, and when the queues were looked at last.

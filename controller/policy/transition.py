@@ -155,10 +155,8 @@ def next_steps(
     leaving = [step for i in there if (step := _leave(i, plan.get(i.instance_id))) is not None]
     labels, drains = _label_changes(plan, there), _drains(plan, there, growing)
     # Another partition of the classes is another label on many at once: one after the other there may be no way.
-    at_once = labels if _may_all(labels, serving, capacity) else []
-    taken, held_back = _take(
-        [c for c in labels if c not in at_once] + drains, serving, capacity, _draining(there), settings
-    )
+    at_once, singly = (labels, []) if _may_all(labels, serving, capacity) else ([], labels)
+    taken, held_back = _take(singly + drains, serving, capacity, _draining(there), settings)
     steps = [*growing, *leaving, *at_once, *taken]
 
     moving = any(s.kind is not StepKind.WAIT or s.reason in _UNDER_WAY for s in steps)

@@ -18,7 +18,17 @@ from sqlalchemy.orm import InstrumentedAttribute
 from controller.domain.decision import Decision
 from controller.domain.gpu_state import GpuState
 from controller.domain.reasons import Level
-from controller.store.codec import Row, to_choice, to_decision, to_decision_outcome, to_node, to_order, to_plan, to_row
+from controller.store.codec import (
+    Row,
+    to_choice,
+    to_decision,
+    to_decision_outcome,
+    to_node,
+    to_order,
+    to_plan,
+    to_row,
+    unpack,
+)
 from controller.store.engine import StoreUnavailable, first_line, is_unavailable, reading, writing
 from controller.store.models import (
     ActionModel,
@@ -26,6 +36,7 @@ from controller.store.models import (
     ChoiceModel,
     DecisionModel,
     DecisionOutcomeModel,
+    InputSnapshotModel,
     NodeModel,
     OrderModel,
     PlanModel,
@@ -209,12 +220,32 @@ def energy_by_state(
         }
 
 
+def rows_s(engine: Engine) -> float:
+    """How long the newest rows of energy, load and SLO are; a minute where there are none."""
+    row = TelemetryMinuteModel
+    query = select(row.window_s).order_by(row.window_start.desc()).limit(1)
+    with reading(engine) as session:
+        return session.scalar(query) or 60.0
+
+
 def last_plan(engine: Engine) -> PlanRecord | None:
     """The layout wanted last, under whatever term: what a restarted controller carries on from."""
     query = select(PlanModel).order_by(PlanModel.term.desc(), PlanModel.number.desc()).limit(1)
     with reading(engine) as session:
         row = session.scalars(query).first()
         return None if row is None else to_plan(row)
+
+
+def last_snapshot(engine: Engine) -> str | None:
+    """The newest snapshot of a core's state (controller/loop/snapshot.py); None without one that can be read."""
+    snapshot = InputSnapshotModel
+    query = select(snapshot.body).order_by(snapshot.term.desc(), snapshot.number.desc()).limit(1)
+    with reading(engine) as session:
+        body = session.scalars(query).first()
+    try:
+        return None if body is None else unpack(body)
+    except ValueError:
+        return None
 
 
 def last_orders(engine: Engine, kind: OrderKind) -> tuple[OrderRecord, ...]:

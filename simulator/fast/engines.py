@@ -58,7 +58,7 @@ QUANTILE = 0.8
 _FIRST_SLOTS = 4096
 _FIRST_ROWS = 16
 NO_LIMIT = 1 << 62
-_NO_FRONT = (inf, inf, 1.0, 0, 0, 0, NO_LIMIT)
+_NO_FRONT = (inf, inf, 1.0, 0.0, 0, 0, 0, NO_LIMIT)
 
 
 class ClassRow(NamedTuple):
@@ -319,8 +319,10 @@ class FastEngines:
                 limit = limits.get(instance.instance_id, instance.max_in_flight)
                 front["weight"], front["limit"] = instance.weight, min(limit, instance.max_in_flight)
                 front["most_pending"] = most_pending.get(instance.instance_id, NO_LIMIT)
+                front["standby_load"] = instance.standby_load
                 room = front["held"] < front["limit"] and front["pending"] < front["most_pending"]
-                front["score"] = load_of(int(front["held"]), int(front["pending"])) / front["weight"] if room else inf
+                load = load_of(int(front["held"]), int(front["pending"])) + instance.standby_load
+                front["score"] = load / front["weight"] if room else inf
         for number, request_class in enumerate(ALL_CLASSES):
             preference = [self._pools[pool.name] for pool in pools_for(pools, request_class)]
             fleet["preferred"][number] = len(preference)

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
+from controller.fleet.port import DrainInstance, Effect, StartInstance, StopInstance
 from controller.replay.same import replay
 from controller.store.repositories import save_profile, write_records
 from tests.defects import DEFECTS, planted, real
-from tests.faultrun import PROFILE, run
+from tests.faultrun import PROFILE, Life, Run, run
+from tests.faultworld import LM, MS, SETTINGS
 from tests.store_suite import sqlite_url, upgraded_engine
 from tests.synthetic_profile import MODEL
 
@@ -27,6 +29,7 @@ SOON_FOUND = (
     "a lock that is sent when it changes and never renewed",
     "a drain before the routing",
     "a stop without proof that it is empty",
+    "a lost node that nobody plans around",
 )
 
 
@@ -48,6 +51,34 @@ def test_nothing_is_broken(first: int) -> None:
 @pytest.mark.parametrize("seed", ONCE_BROKEN)
 def test_a_life_that_was_broken_once_is_whole(seed: int) -> None:
     assert run(seed, journal=False).broken == []
+
+
+class SquareWave(Run):
+    """Instead of faults: the load swings tenfold from one pool tick to the next."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(1, folder, journal=False)
+        self.begun_s: list[float] = []
+
+    def fault(self) -> None:
+        self.calm_since_s = self.now_s
+        high = (self.now_s // SETTINGS.pool_s) % 2 == 0
+        self.load({MS: 6.0, LM: 3.0} if high else {MS: 0.6, LM: 0.3})
+        self.at(self.now_s + SETTINGS.pool_s, self.fault)
+
+    def carry_out(self, life: Life, effect: Effect) -> None:
+        if isinstance(effect, StartInstance | DrainInstance | StopInstance):
+            self.begun_s.append(self.now_s)
+        super().carry_out(life, effect)
+
+
+def test_a_square_wave_at_the_decision_period_makes_a_bounded_number_of_actions(tmp_path: Path) -> None:
+    wave = SquareWave(tmp_path)
+    assert wave.go().broken == []
+    periods = len(wave.rates_log) - 1
+    assert periods >= 17
+    assert len(wave.begun_s) <= 12, f"{wave.begun_s} in {periods} half-waves"
+    assert sum(at_s > 150 for at_s in wave.begun_s) <= 4, "by then it knows how high the load goes"
 
 
 def test_a_seed_is_the_same_life_again() -> None:

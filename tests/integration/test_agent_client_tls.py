@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,27 @@ async def test_a_controller_with_a_certificate_observes_and_steers(host: NodeHos
     done = await talk.lock(host, 1200)
     assert done.ok, done.detail
     assert host.locks()[0] == (1200, 1200)
+    await talk.client.close()
+
+
+async def test_samples_that_have_waited_are_taken_for_as_old_as_they_are(host: NodeHost, authority: Authority) -> None:
+    talk = Talk(host, files(authority, authority.issue("controller")))
+    talk.client.start()
+    assert await talk.seen()
+    before = len(talk.events)
+    time.sleep(2.5)  # noqa: ASYNC251 - a controller that is busy, and reads nothing
+    woke_s = time.monotonic()
+
+    def taken_s() -> list[float]:
+        return [event.observation.observed_at_s for event in talk.events[before:] if isinstance(event, NodeSeen)]
+
+    for _ in range(200):
+        await asyncio.sleep(0.1)
+        if any(at_s > woke_s for at_s in taken_s()):
+            break
+    assert max(taken_s()) > woke_s
+    assert min(taken_s()) < woke_s - 1.0
+    assert taken_s() == sorted(taken_s())
     await talk.client.close()
 
 

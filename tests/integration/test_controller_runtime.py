@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +42,7 @@ CALLS = [
 class Ran:
     rig: ControllerRig
     controller: Controller
+    told: list[bytes]  # to the service manager
 
     def cli(self, *arguments: str, ok: tuple[int, ...] = (0,)) -> str:
         program = str(Path(sys.executable).with_name("dynamollm"))
@@ -47,10 +51,33 @@ class Ran:
         return done.stdout + done.stderr
 
 
+@contextmanager
+def service_manager(path: Path) -> Iterator[list[bytes]]:
+    """What it is told."""
+    told: list[bytes] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, socket.socket(manager.family, manager.type) as us:
+        manager.bind(str(path))
+
+        def hear() -> None:
+            while said := manager.recv(1000):
+                told.append(said)
+
+        hearing = threading.Thread(target=hear)
+        hearing.start()
+        yield told
+        us.sendto(b"", str(path))
+        hearing.join()
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
     """A controller that was killed and started again, with a paused moment and an order in between."""
-    with ControllerRig(tmp_path_factory.mktemp("rig")) as rig:
+    folder = tmp_path_factory.mktemp("rig")
+    with (
+        service_manager(folder / "notify") as told,
+        pytest.MonkeyPatch.context() as patch,
+        ControllerRig(folder) as rig,
+    ):
         first = rig.start("a", spool="spool")
         rig.serve_load(1.5)
         rig.wait(lambda: rig.ready(first), 60, "an instance is ready")
@@ -60,9 +87,17 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
         time.sleep(7)  # past a pool tick, and into the next frame
         first.process.kill()
         first.process.wait()
+        patch.setenv("NOTIFY_SOCKET", str(folder / "notify"))
         second = rig.start("a", spool="spool")
+        patch.delenv("NOTIFY_SOCKET")
         rig.wait(lambda: rig.ready(second), 60, "it has found its instances again")
-        yield Ran(rig, second)
+        yield Ran(rig, second, told)
+
+
+def test_its_ticks_tell_the_service_manager_that_it_is_alive(ran: Ran) -> None:
+    assert [said.split(b"\n")[0] for said in ran.told].count(b"READY=1") == 1
+    before = ran.told.count(b"WATCHDOG=1")
+    ran.rig.wait(lambda: ran.told.count(b"WATCHDOG=1") >= before + 3, 30, "three ticks are told of")
 
 
 def test_a_second_controller_is_refused_on_sqlite(ran: Ran) -> None:

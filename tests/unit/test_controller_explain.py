@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from controller.domain.reasons import Level, Mode, Reason
@@ -66,6 +68,13 @@ CLOCK = decision(
 )  # fmt: skip
 
 
+def test_a_plan_tells_what_the_week_expects() -> None:
+    demand = {**PLAN.inputs["demand"], "week_ratios": {"SM": 1.3, "SS": 2.0, "LL": 1.0}}
+    told = " ".join(explain(replace(PLAN, inputs={**PLAN.inputs, "demand": demand}), None, 12))
+    assert "By the shape of the week, the load of SM becomes 1.30 times what it was." in told
+    assert "shape of the week" not in " ".join(explain(PLAN, None, 12))
+
+
 def test_a_plan_tells_demand_choice_alternatives_and_outcome() -> None:
     realised = DecisionOutcome(1, 12, NOON_S, 300.0, 2600.0, 780_000.0, 4.25, 0.995, 210.0)
     told = " ".join(explain(PLAN, realised, 12))
@@ -91,6 +100,13 @@ def test_a_plan_tells_demand_choice_alternatives_and_outcome() -> None:
         "99.5% of the requests that ended were in SLO; first token within 210 ms",
     ):
         assert part in told, part
+
+
+def test_a_plan_of_the_cluster_tells_how_far_the_forecast_was_off() -> None:
+    plan = decision(12, level=Level.CLUSTER, scope="cluster", inputs=PLAN.inputs, outcome=PLAN.outcome)
+    came = DecisionOutcome(1, 12, NOON_S + 1800, 1800.0, load_rps=5.4)
+    assert "5.40 requests/s arrived, +20% against the forecast" in " ".join(explain(plan, came))
+    assert "against the forecast" not in " ".join(explain(PLAN, came)), "whose classes were more than its own"
 
 
 def test_a_clock_tells_what_was_seen_and_why_the_others_lost() -> None:

@@ -34,6 +34,7 @@ from controller.fleet.port import (
 from controller.loop.core import Core
 from controller.loop.orders import CorrectProfile, SetMode, SetPowerBudget
 from controller.loop.state import Instant
+from controller.loop.week import ForecastError
 from controller.policy.milp.plan import plan_for
 from controller.store.recorder import RecorderCounts
 from tests.store_suite import decision
@@ -77,8 +78,10 @@ def page() -> str:
     core.order(Instant(20.0, 1e9 + 20), SetPowerBudget("cluster", 4000.0))
     core.order(Instant(20.0, 1e9 + 20), CorrectProfile({("long", 8): 1.15}, (("long", 8),)))
     core.handle(Instant(20.0, 1e9 + 20), Tick(Level.INSTANCE))
+    core.state.forecast_errors["short"] = ForecastError(12, 0.3, 2.0, 0.25)
     counts_now = RecorderCounts(recorded=10, spooled=2, refused=1, spool_bytes=300, database_ok=False)
-    metrics = ControllerMetrics(core.state, lambda: counts_now, lambda: 1, lambda: 21.0)
+    circuits_open = {"node-1": False, "node-9": True}
+    metrics = ControllerMetrics(core.state, lambda: counts_now, lambda: 1, lambda: 21.0, lambda: circuits_open)
     metrics.decided(decision(1, level=Level.POOL, reason=Reason.PLAN_KEPT))
     metrics.ticked(Level.INSTANCE, 0.004)
     registry = CollectorRegistry(auto_describe=False)

@@ -148,8 +148,10 @@ def start(instance: str, node: int, first: int, tp: int) -> StartInstance:
     return StartInstance(f"start-{instance}", f"node-{node}", instance, MODEL, "any", gpus(node, first, tp), "")
 
 
-def routing(version: int, **pools: dict[str, tuple[int, float, bool]]) -> PublishRouting:
-    """Pools by name; their instances' limits, weights and whether they take new requests."""
+def routing(
+    version: int, **pools: dict[str, tuple[int, float, bool] | tuple[int, float, bool, float]]
+) -> PublishRouting:
+    """Pools by name; their instances' limits, weights, whether they take new requests, and their standby load."""
     groups = {"short": by_input("short", "SM"), "long": by_input("long", "L"), "all": by_input("all", "SML")}
     routed = tuple(
         RoutedPool(
@@ -157,7 +159,8 @@ def routing(version: int, **pools: dict[str, tuple[int, float, bool]]) -> Publis
             MODEL,
             groups[name].classes,
             tuple(
-                RoutedInstance(i, "", 1, limit, weight, takes) for i, (limit, weight, takes) in sorted(members.items())
+                RoutedInstance(i, "", 1, limit, weight, takes, standby_load=sum(standby))
+                for i, (limit, weight, takes, *standby) in sorted(members.items())
             ),
         )
         for name, members in sorted(pools.items())
@@ -181,12 +184,14 @@ SCRIPT: dict[float, list[Effect]] = {
         DrainInstance("drain-a", "node-0", "a", ""),
         StopInstance("stop-a-too-early", "node-0", "a", ""),
     ],
-    19.0: [routing(3, all={"b": (6, 4.0, True), "c": (12, 6.0, True), "d": (3, 2.0, True)})],
+    19.0: [routing(3, all={"b": (6, 4.0, True), "c": (12, 6.0, True, 8.0), "d": (3, 2.0, True)})],
     20.0: [ReleaseClocks("r", "node-1", gpus(1, 0, 2), "")],
     24.0: [StopInstance("stop-a", "node-0", "a", "")],
     28.0: [start("e", 0, 0, 2)],
     33.0: [
-        routing(4, short={"b": (6, 4.0, True), "e": (6, 2.0, True)}, long={"c": (40, 6.0, True), "d": (40, 2.0, True)})
+        routing(
+            4, short={"b": (6, 4.0, True), "e": (6, 2.0, True)}, long={"c": (40, 6.0, True), "d": (40, 2.0, True, 4.0)}
+        )
     ],
 }
 

@@ -14,7 +14,16 @@ from simulator.assembly import _verdict
 from simulator.fast.layout import CLASSES, GAP_BINS
 from simulator.ledger import _least
 from simulator.loads import load_named, week_shape
-from simulator.outcome import SystemRun, classes_of, energies_kwh, judge, judged_classes, node_off_s
+from simulator.outcome import (
+    SystemRun,
+    attainment_by_hour,
+    classes_of,
+    energies_kwh,
+    figures,
+    judge,
+    judged_classes,
+    node_off_s,
+)
 from simulator.prices import read_steps
 from simulator.references import LargestLoad
 from simulator.study import Study
@@ -76,6 +85,22 @@ def test_a_slow_token_gap_alone_misses_the_slo():
     gaps[200, 3], gaps[1500, 3] = 98, 2  # 20 ms, 150 ms
     verdict = judge(make_run(gaps=gaps), Slo(), SCHEME)
     assert (verdict.worst, verdict.meets_slo) == (1.0, False)
+
+
+def test_an_hour_that_misses_is_seen_within_a_week_that_does_not():
+    n = 3 * 36_000  # ten a second, three hours
+    run = make_run(n, window_s=3 * 3600.0)
+    assert attainment_by_hour(run, Slo(), SCHEME) == [1.0, 1.0, 1.0]
+    lost = run.finished.copy()
+    lost[40_000:40_400] = False
+    late = replace(run, finished=lost)
+    assert judge(late, Slo(), SCHEME).meets_slo
+    assert attainment_by_hour(late, Slo(), SCHEME) == [1.0, pytest.approx(1 - 400 / 36_000), 1.0]
+    found = figures(late, Slo(), SCHEME)
+    assert (found["hours_judged"], found["hours_missed"]) == (3, 1)
+    # An hour of few requests is not judged, nor is a piece of one.
+    assert attainment_by_hour(make_run(999, window_s=3600.0), Slo(), SCHEME) == []
+    assert attainment_by_hour(make_run(), Slo(), SCHEME) == []
 
 
 def test_requests_before_the_window_are_not_judged():

@@ -34,6 +34,7 @@ from controller.fleet.port import (
 )
 from controller.loop.core import Core, Step
 from controller.loop.instance import stands
+from controller.loop.serving import pool_rates
 from controller.loop.settings import Knobs, LoopSettings
 from controller.loop.state import Instant, Turn
 from controller.policy.milp.plan import plan_for
@@ -181,6 +182,38 @@ def test_routing_lists_ready_instances_and_changes_once() -> None:
     assert [i.endpoint for pool in table.pools for i in pool.instances] == [f"http://{start.instance_id}"]
     bench.wait(1)
     assert not [e for e in bench.see("a", ready(start)) if isinstance(e, PublishRouting)]
+
+
+def test_what_failed_in_an_earlier_partition_keeps_no_pool() -> None:
+    """Requests would be counted to that empty pool, and the one that serves them get no clock for them."""
+    bench = make(nodes=1)
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    serves = ready(start)
+    assert serves.pool == "all"
+    left = replace(serves, instance_id="old", pool="short", state=InstanceState.FAILED, gpu_uuids=("a-7",))
+    bench.see("a", serves, left)
+    table = bench.core.state.routing
+    assert table is not None
+    assert [pool.name for pool in table.pools] == ["all"]
+
+
+def test_a_class_counts_to_the_pool_that_serves_it_while_its_own_is_not_there_yet() -> None:
+    bench = make(nodes=1)
+    bench.see("a")
+    (start,) = starts(bench.send(Tick(Level.INSTANCE)))
+    coming = replace(ready(start), instance_id="new", pool="short", state=InstanceState.STARTING, gpu_uuids=("a-7",))
+    bench.see("a", ready(start), coming)
+    for at_s in (1.0, 11.0):
+        counts = ClassCounters(arrived=int(20 * at_s), input_tokens=int(10_000 * at_s))
+        bench.core.handle(Instant(at_s, 1e9 + at_s), LoadSeen(LoadObservation("g", "1", at_s, MODEL, {MS: counts}, {})))
+    table = bench.core.state.routing
+    assert table is not None
+    assert [pool.name for pool in table.pools if not pool.instances] == ["short"]
+    rates = pool_rates(Turn(Instant(11.0, 1e9 + 11), bench.core.state), 15.0)
+    assert rates is not None
+    assert rates["all"] > 0
+    assert rates["short"] == 0
 
 
 def test_a_silent_agent_stays_in_the_routing() -> None:

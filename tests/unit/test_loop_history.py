@@ -78,6 +78,17 @@ def test_outcomes_of_every_level_one_epoch_later() -> None:
     assert (cluster.number, cluster.energy_j, cluster.slo_attainment) == (1, 900.0, 15 / 18)
 
 
+def test_what_was_overtaken_before_it_was_measured_is_unknown_not_zero() -> None:
+    book = OutcomeBook()
+    book.decided(decision(1, level=Level.CLUSTER, scope="cluster"), at(0))
+    (at_once,) = book.decided(decision(2, level=Level.CLUSTER, scope="cluster"), at(0.1))
+    book.add(spent("i1", "short", 600.0))  # of a second that had begun before
+    (soon,) = book.decided(decision(3, level=Level.CLUSTER, scope="cluster"), at(0.4))
+    for outcome in (at_once, soon):
+        assert isinstance(outcome, DecisionOutcome)
+        assert (outcome.power_w, outcome.energy_j, outcome.load_rps) == (None, None, None)
+
+
 def test_the_window_rows_carry_the_latency() -> None:
     book = WindowBook(1, "m", 60.0)
     book.close_due(at(0))

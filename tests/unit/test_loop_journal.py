@@ -50,14 +50,15 @@ from controller.loop.state import Instant, State
 from controller.profile.table import Profile
 from controller.replay.other import compare, read_policy
 from controller.replay.same import replay
-from controller.store.codec import pack
+from controller.store.codec import unpack
 from controller.store.frames import frame_lines
-from controller.store.models import DecisionModel, InputFrameModel
+from controller.store.models import DecisionModel, InputFrameModel, InputSnapshotModel
 from controller.store.records import InputFrame, InputSnapshot, Record
 from controller.store.repositories import save_profile, write_records
 from simulator.fleet import WALL_AT_ZERO_S, FleetTimes, VirtualFleet
 from simulator.physics import Physics
 from simulator.traces import generate
+from tests.first_format import pack_first
 from tests.store_suite import sqlite_url, upgraded_engine
 from tests.synthetic_profile import MODEL, synthetic_profile
 
@@ -213,13 +214,16 @@ def test_a_replay_may_begin_in_the_middle(engine: Engine) -> None:
     assert report.identical == len(later) > 10
 
 
-def test_frames_of_the_first_format_are_still_replayed(engine: Engine) -> None:
+def test_inputs_of_the_first_format_are_still_replayed(engine: Engine) -> None:
     decisions, records = run(1, seconds=20.0)
     write_records(engine, [*decisions, *records])
     with engine.begin() as connection:
         for row in connection.execute(select(InputFrameModel.id, InputFrameModel.body)).all():
-            text = pack("\n".join(frame_lines(row.body)))
+            text = pack_first("\n".join(frame_lines(row.body)))
             connection.execute(update(InputFrameModel).where(InputFrameModel.id == row.id).values(body=text))
+        for row in connection.execute(select(InputSnapshotModel.id, InputSnapshotModel.body)).all():
+            text = pack_first(unpack(row.body))
+            connection.execute(update(InputSnapshotModel).where(InputSnapshotModel.id == row.id).values(body=text))
     report = replay(engine, 0.0, ENDS_S)
     assert report.ok
     assert report.identical == len(decisions)

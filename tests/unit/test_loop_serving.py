@@ -46,7 +46,13 @@ class Fleet(Bench):
 
     def serving(self) -> int:
         assert self.core.state.routing is not None
-        return sum(i.accepts_new for pool in self.core.state.routing.pools for i in pool.instances)
+        routing = self.core.state.routing
+        return sum(i.accepts_new and not i.standby_load for pool in routing.pools for i in pool.instances)
+
+    def on_call(self) -> set[str]:
+        assert self.core.state.routing is not None
+        routing = self.core.state.routing
+        return {i.instance_id for pool in routing.pools for i in pool.instances if i.standby_load}
 
     def planned_for(self, trigger: str) -> int:
         """Pool plans asked for because of `trigger`."""
@@ -109,6 +115,28 @@ def test_after_bursts_all_serve_also_in_the_quiet_between() -> None:
     assert even.core.state.burst_rps["all"] == 0.0
     assert bursty.core.state.burst_rps["all"] > 1.0
     assert bursty.serving() > even.serving() == 1
+
+
+def test_only_where_bursts_are_larger_than_the_load_those_on_standby_are_on_call() -> None:
+    even, bursty = Fleet(), Fleet()
+    for fleet in (even, bursty):
+        profile = fleet.core.state.profile
+        cheap = replace(profile, idle=(*profile.idle, *(IdlePoint(tp, 210, 1.0) for tp in profile.tps)))
+        fleet.core.state.fit = fit(cheap)
+    even.serve(0.5, seconds=240)
+    for _ in range(8):
+        bursty.serve(0.0, seconds=25)
+        bursty.serve(2.0, seconds=5)
+    bursty.serve(0.0, seconds=60)
+    assert even.core.state.standby
+    assert even.on_call() == set()
+    assert bursty.core.state.bursty == {"all"}
+    assert bursty.on_call() == bursty.core.state.standby != set()
+    # They answer before the next tick: at a clock that is in SLO, not at the one that draws least.
+    tps = {i.instance_id: i.tp for instances in bursty.instances.values() for i in instances}
+    for instance_id in bursty.on_call():
+        lowest = bursty.core.state.fit.clocks("all", tps[instance_id])[0]
+        assert bursty.core.state.clocks[instance_id].mhz == lowest.mhz > 210
 
 
 def test_a_load_on_its_way_beyond_the_plan_is_planned_for_before_it_is_there() -> None:

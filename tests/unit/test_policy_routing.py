@@ -14,7 +14,11 @@ from controller.fleet.port import RoutedInstance, RoutedPool
 from controller.policy.routing import (
     IN_FLIGHT_HEADROOM,
     PROMPT_TOKENS_PER_REQUEST,
+    Decided,
     RoutableInstance,
+    Seen,
+    Weights,
+    choose,
     max_in_flight,
     pick,
     pools_for,
@@ -83,6 +87,27 @@ def test_picks_the_least_loaded_by_weight_ties_by_id() -> None:
     pool = pool_of(routed("b"), routed("a"), routed("c", weight=2.0))
     chosen = [pick(pool, held) for held in ({}, {"c": 1}, {"c": 2, "b": 0, "a": 1}, {"a": 3, "b": 3, "c": 6})]
     assert [c.instance_id for c in chosen if c is not None] == ["c", "a", "b", "c"]
+
+
+def test_who_is_on_call_is_asked_once_those_that_serve_hold_more_than_a_share_of_their_largest_load() -> None:
+    (pool,) = routed_pools(
+        FITTED,
+        MODEL,
+        (SHORT,),
+        (routable("serves", "short"), replace(routable("waits", "short"), on_call=True)),
+    )
+    serves, waits = pool.instances
+    assert serves.standby_load == 0.0
+    # As much as it has beside what is asked of both alike: the request itself.
+    enough = int(waits.standby_load) + 1
+    seen = Seen({"serves": enough - 1})
+    assert choose(pool, seen) == (serves, Decided.LOAD)
+    assert choose(pool, Seen({"serves": enough})) == (waits, Decided.ON_CALL)
+    assert choose(pool, Seen({}, {"serves": round(enough * PROMPT_TOKENS_PER_REQUEST)})) == (waits, Decided.ON_CALL)
+    # A better place by any other term is no reason to wake it.
+    by_energy = choose(pool, seen, Weights(energy=5.0))
+    assert by_energy is not None
+    assert by_energy[0] is serves
 
 
 def test_prompts_to_be_read_weigh_until_their_first_token() -> None:

@@ -76,7 +76,7 @@ def day(trial: Trial, saving: float, seed: int) -> list[Served]:
         rate = 4.0 * (1 + 0.5 * math.sin(2 * math.pi * start_s / 86_400)) * math.exp(wander)
         requests = max(1.0, chance.gauss(60 * rate, 3 * math.sqrt(60 * rate)))
         energy_j = 60 * (2000 + 500 * rate) * chance.gauss(1, 0.03) * (1 - saving * trial.is_on(number))
-        rows.append(Served(start_s, 60.0, energy_j, requests))
+        rows.append(Served(start_s, 60.0, energy_j, requests, 60.0))
     return rows
 
 
@@ -279,7 +279,7 @@ def test_the_command_plans_shows_and_stops(engine: Engine, url: str) -> None:
     assert "there is no trial" in run()
     assert "12 pairs of windows of 15 minutes" in run("--for", "6h")
     assert "a trial is running" in run("--for", "6h")
-    assert "0 pairs of windows count so far" in run()
+    assert "Pairs of windows that count so far: 0" in run()
     assert '"over": true' in run("--stop", "--json")
     assert "there is no trial" in run()
     assert "hold 2 pairs" in run("--for", "1h")

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.store.codec import pack
+from controller.store.codec import pack, unpack
 from controller.store.frames import frame_lines, pack_frame
+from tests.first_format import pack_first
 
 
 def text(*line: Any) -> str:
@@ -108,7 +109,7 @@ def test_a_busy_frame_takes_well_under_half_of_what_text_takes() -> None:
     lines = a_busy_frame(nodes=40, seconds=100)
     packed = pack_frame(lines)
     assert list(frame_lines(packed)) == lines
-    assert len(packed) < 0.48 * len(pack("\n".join(lines)))
+    assert len(packed) < 0.48 * len(pack_first("\n".join(lines)))
     assert len(packed) / (40 * 4 * 20) < 3.2, "bytes for an instance and tick, with its share of the reports"
 
 
@@ -121,7 +122,7 @@ def test_a_body_is_plain_characters_in_the_database_and_in_the_spool() -> None:
 
 def test_the_first_format_is_read() -> None:
     lines = ('["t",1.0,2.0,"instance"]', '["b",1.0,[null],{}]')
-    assert frame_lines(pack("\n".join(lines))) == lines
+    assert frame_lines(pack_first("\n".join(lines))) == lines
 
 
 @pytest.mark.parametrize("damage", [lambda body: body[:-40], lambda body: "3:" + body[2:], lambda body: body[2:]])
@@ -129,3 +130,20 @@ def test_what_is_damaged_is_said_to_be(damage: Any) -> None:
     body = pack_frame(a_busy_frame(2, 20))
     with pytest.raises(ValueError, match="damaged"):
         frame_lines(damage(body))
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_snapshot_comes_out_again_of_either_format(text: str) -> None:
+    assert unpack(pack(text)) == unpack(pack_first(text)) == text
+
+
+def test_a_snapshot_takes_well_under_what_it_took() -> None:
+    text = "\n".join(a_busy_frame(nodes=2, seconds=400))
+    assert len(pack(text)) < 0.75 * len(pack_first(text))
+    assert pack(text).isascii()
+
+
+@pytest.mark.parametrize("damage", [lambda body: body[:-40], lambda body: "3:" + body[2:], lambda body: body[2:]])
+def test_a_damaged_snapshot_is_said_to_be(damage: Any) -> None:
+    with pytest.raises(ValueError, match="damaged"):
+        unpack(damage(pack("{}" * 100)))

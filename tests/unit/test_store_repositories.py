@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
+from controller.domain.classes import RequestClass
 from controller.domain.decision import SolverReport, canonical_json
 from controller.domain.gpu_state import GpuState
 from controller.domain.layout import Layout
 from controller.domain.reasons import Level
+from controller.savings import served_minutes
 from controller.store.codec import from_line, to_line, to_row
 from controller.store.engine import StoreUnavailable
 from controller.store.records import (
@@ -22,6 +24,7 @@ from controller.store.records import (
     ChoiceRecord,
     DecisionOutcome,
     EnergySource,
+    LoadRow,
     NodeRecord,
     PlanRecord,
     SavingRow,
@@ -43,10 +46,12 @@ from controller.store.repositories import (
     list_choices,
     list_decisions,
     list_nodes,
+    rows_s,
     save_profile,
     write_records,
 )
 from tests.store_suite import NOON_S, decision, one_of_each, rows_by_table, sqlite_url, upgraded_engine
+from tests.synthetic_profile import MODEL, synthetic_profile
 
 
 @pytest.fixture
@@ -337,3 +342,29 @@ def test_choices_come_back_newest_first_and_twice_told_counts_once(engine: Engin
     assert found is not None
     assert found.record == first
     assert get_choice(engine, 99) is None
+
+
+def test_what_was_served_is_summed_over_terms_and_gpus(engine: Engine) -> None:
+    """As the proof of a saving weighs it: of a minute with a change of leaders only a part is covered."""
+    profile = synthetic_profile()
+    save_profile(engine, profile.checksum(), MODEL, profile.to_json(), 0.0)
+    spent = TelemetryRow(1, NOON_S, 60.0, "n", "g0", GpuState.SERVING, 20.0, "all", "i1", 2000.0)
+    came = LoadRow(1, NOON_S, 60.0, MODEL, RequestClass.parse("MS"), 10, 10, 0, 5000, 1500)
+    write_records(
+        engine,
+        [
+            spent,
+            replace(spent, term=2, seconds=30.0, energy_j=3000.0),
+            replace(
+                spent, gpu_uuid="g1", state=GpuState.PARKED, pool="", instance_id="", seconds=45.0, energy_j=3600.0
+            ),
+            came,
+            replace(came, term=2, arrived=20, completed=20, input_tokens=10_000, output_tokens=3000),
+            replace(spent, window_start_s=NOON_S + 60, seconds=60.0, energy_j=None),
+        ],
+    )
+    (minute,) = served_minutes(engine, NOON_S, NOON_S + 120)
+    assert (minute.start_s, minute.seconds, minute.energy_j, minute.covered_s) == (NOON_S, 60.0, 8600.0, 50.0)
+    weight = profile.request_weight(profile.groups[0].name, came.request_class, (500.0, 150.0))
+    assert minute.requests == pytest.approx(30 * weight)
+    assert rows_s(engine) == 60.0

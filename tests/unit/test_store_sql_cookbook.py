@@ -18,6 +18,8 @@ from controller.store.records import (
     ChoiceRecord,
     DecisionOutcome,
     LoadRow,
+    OrderKind,
+    OrderRecord,
     SloRow,
     TelemetryRow,
 )
@@ -67,6 +69,12 @@ def history(engine: Engine) -> Engine:
             replace(telemetry, window_start_s=later_s, gpu_uuid="GPU-b", energy_j=None),
             replace(load, window_start_s=later_s, completed=27, output_tokens=2_700),
             replace(slo, window_start_s=later_s, requests=27, in_slo=20),
+            OrderRecord(
+                1, 90, NOON_S - 60, OrderKind.MODE, "cluster", "advisory", "savings --ab", "window 1 of 6 is off"
+            ),
+            OrderRecord(
+                1, 91, NOON_S + 1800, OrderKind.MODE, "cluster", "active", "savings --ab", "window 2 of 6 is on"
+            ),
             replace(choice, number=2, pool="long", decided_by="spilled", queue_ms=80.4, speaks_for=3000),
         ],
     )
@@ -168,3 +176,10 @@ def test_choices_out_of_their_pool(history: Engine) -> None:
     (found,) = ask(history, "Which requests left their own pool, or waited for room?")
     assert (found["pool"], found["queue_ms"]) == ("long", 80.4)
     assert '"lost_by":"load"' in str(found["alternatives"])
+
+
+def test_what_a_trial_drew_between_its_orders(history: Engine) -> None:
+    off, on = ask(history, "What did a trial's windows draw?")
+    assert (off["mode"], off["requests"], off["energy_kwh"]) == ("advisory", 118, pytest.approx(30_000 / 3.6e6))
+    assert off["j_per_request"] == pytest.approx(30_000 / 118)
+    assert (on["mode"], on["until_at"], on["energy_kwh"]) == ("active", None, None), "it has not ended"

@@ -26,6 +26,7 @@ class Decided(StrEnum):
     """What a choice was made by. Metric label."""
 
     ONLY_ONE = "only_one"  # of its own pool no other had room
+    ON_CALL = "on_call"  # those that serve had their hands full: one that stands by for bursts takes it
     LOAD = "load"
     ENERGY = "energy"
     KV = "kv_use"
@@ -72,12 +73,18 @@ def choose(pool: RoutedPool, seen: Seen, weights: Weights = BY_LOAD) -> tuple[Ro
         if not instance.accepts_new or held >= instance.max_in_flight:
             continue
         candidates += 1
-        score = load_of(held, pending_tokens.get(name, 0)) / instance.weight
+        score = (load_of(held, pending_tokens.get(name, 0)) + instance.standby_load) / instance.weight
         if best is None or score < best_score or (score == best_score and name < best.instance_id):
             best, best_score = instance, score
     if best is None:
         return None
-    return best, Decided.ONLY_ONE if candidates == 1 else Decided.LOAD
+    return best, _by_load(best, candidates)
+
+
+def _by_load(best: RoutedInstance, candidates: int) -> Decided:
+    if candidates == 1:
+        return Decided.ONLY_ONE
+    return Decided.ON_CALL if best.standby_load else Decided.LOAD
 
 
 def runners_up(pool: RoutedPool, seen: Seen, most: int, without: str = "") -> list[RoutedInstance]:
@@ -95,7 +102,7 @@ def _by_all_terms(pool: RoutedPool, seen: Seen, weights: Weights) -> tuple[Route
     if len(ranked) < 2:
         return (ranked[0][0], Decided.ONLY_ONE) if ranked else None
     (best, terms), (_, second) = ranked[:2]
-    return best, Decided(_widest(terms, second).value)
+    return best, Decided.ON_CALL if best.standby_load else Decided(_widest(terms, second).value)
 
 
 Ranked = list[tuple[RoutedInstance, Mapping[Term, float]]]
@@ -103,21 +110,22 @@ Ranked = list[tuple[RoutedInstance, Mapping[Term, float]]]
 
 def _ranked(pool: RoutedPool, seen: Seen, weights: Weights) -> Ranked:
     """Those that may take the request, the best first. With more than load to weigh, instances that are nearly full
-    come after all others: what saves energy must leave head-room for the next request."""
+    or on standby come after all others: what saves energy must leave head-room for the next request."""
     free = [each for each in pool.instances if barred(each, seen.in_flight.get(each.instance_id, 0)) is None]
     if not free:
         return []
-    roomy = free if weights.load_only else [each for each in free if _fills(each, seen) <= weights.fill]
+    roomy = free if weights.load_only else [each for each in free if _roomy(each, seen, weights)]
     first = _sorted(roomy, seen, weights)
     if len(roomy) == len(free):
         return first
     return first + _sorted([each for each in free if each not in roomy], seen, BY_LOAD)
 
 
-def _fills(instance: RoutedInstance, seen: Seen) -> float:
-    """Share of an instance's limit that is taken with the next request, unread prompts weighed."""
+def _roomy(instance: RoutedInstance, seen: Seen, weights: Weights) -> bool:
+    """False on standby, and where the next request takes more than a share of the limit, unread prompts weighed."""
     name = instance.instance_id
-    return load_of(seen.in_flight.get(name, 0), seen.pending_tokens.get(name, 0)) / instance.max_in_flight
+    load = load_of(seen.in_flight.get(name, 0), seen.pending_tokens.get(name, 0))
+    return not instance.standby_load and load <= weights.fill * instance.max_in_flight
 
 
 def _sorted(candidates: Sequence[RoutedInstance], seen: Seen, weights: Weights) -> Ranked:

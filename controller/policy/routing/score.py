@@ -53,7 +53,8 @@ class Seen:
 
     def load_per_weight(self, instance: RoutedInstance) -> float:
         name = instance.instance_id
-        return load_of(self.in_flight.get(name, 0), self.pending_tokens.get(name, 0)) / instance.weight
+        load = load_of(self.in_flight.get(name, 0), self.pending_tokens.get(name, 0))
+        return (load + instance.standby_load) / instance.weight
 
 
 def marginal_j(instance: RoutedInstance, held: int) -> float | None:

@@ -19,13 +19,15 @@ from controller.profile.fit import ProfileFit
 
 @dataclass(frozen=True, slots=True)
 class RoutableInstance:
-    """One instance that may be routed to. `accepts_new` is False while it drains or warms."""
+    """One instance that may be routed to. `accepts_new` is False while it drains or warms, or stands by unasked;
+    `on_call`: it stands by for bursts."""
 
     instance_id: str
     pool: str
     endpoint: str
     tp: int
     accepts_new: bool
+    on_call: bool = False
 
 
 # In-flight requests that an instance takes beyond its largest batch in SLO: the gateway holds the rest, where it can
@@ -33,6 +35,9 @@ class RoutableInstance:
 IN_FLIGHT_HEADROOM = 1.25
 # Of an instance that no profile knows: room for one batch of a small kernel size per GPU.
 UNPROFILED_IN_FLIGHT_PER_GPU = 8
+# Share of what an instance holds at its largest load in SLO (P99) that those that serve hold before one on standby is
+# asked: with more of it prompts of a burst wait too long, with less the standby saves nothing.
+ON_CALL_SHARE = 0.5
 # Loads at which the marginal energy is taken from the profile, and intervals of an instance's limit it is told for.
 _LOADS = 9
 MARGINAL_STEPS = 16
@@ -66,6 +71,7 @@ def _routed(fit: ProfileFit | None, instance: RoutableInstance) -> RoutedInstanc
         weight=weight(fit, instance.pool, instance.tp),
         accepts_new=instance.accepts_new,
         marginal_j=marginal_energy_j(fit, instance.pool, instance.tp),
+        standby_load=standby_load(fit, instance.pool, instance.tp) if instance.on_call else 0.0,
     )
 
 
@@ -87,6 +93,13 @@ def max_in_flight(fit: ProfileFit | None, pool: str, tp: int) -> int:
     curve = curves[-1]
     running = curve.running_p99(curve.max_rate_rps) or 0.0
     return max(1, ceil(max(running, curve.largest_batch) * IN_FLIGHT_HEADROOM))
+
+
+def standby_load(fit: ProfileFit | None, pool: str, tp: int) -> float:
+    """The load at which those that serve are no better a place than one on standby, for `load_of`."""
+    curves = fit.clocks(pool, tp) if fit is not None else ()
+    held = curves[-1].running_p99(curves[-1].max_rate_rps) if curves else None
+    return max(1.0, ON_CALL_SHARE * (held or UNPROFILED_IN_FLIGHT_PER_GPU * tp))
 
 
 # By profile (the very object: it is made once and has no hash), pool and tp.
