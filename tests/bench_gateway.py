@@ -375,6 +375,9 @@ async def _picks(url: str, latencies: Path, gateway: Gateway) -> list[Metric]:
         if not connection.closed:
             idle.append(connection)
 
+    p50_ms: list[float] = []
+    p99_ms: list[float] = []
+    cpu_s: list[float] = []
     await _hold(gateway.picker_port, IN_FLIGHT)
     process = psutil.Process(gateway.process.pid)
     # A pause of this process would let requests pile up that then come all at once.
@@ -383,23 +386,26 @@ async def _picks(url: str, latencies: Path, gateway: Gateway) -> list[Metric]:
     with _core_of_its_own(process):
         await _paced(ask, 50, 1.0)
         await asyncio.sleep(0.5)  # Envoy writes its log now and then
-        warmed_up = len(_read(latencies))
-        before_s = _cpu_s(process)
-        await _paced(ask, PICKS_PER_S, PICK_S)
-        cpu_s = (_cpu_s(process) - before_s) / (PICKS_PER_S * PICK_S)
-        await asyncio.sleep(0.5)
+        for _ in range(REPEATS):
+            told = len(_read(latencies))
+            before_s = _cpu_s(process)
+            await _paced(ask, PICKS_PER_S, PICK_S)
+            cpu_s.append((_cpu_s(process) - before_s) / (PICKS_PER_S * PICK_S))
+            await asyncio.sleep(0.5)
+            ordered = sorted(map(_decision_ms, _read(latencies)[told:]))
+            if len(ordered) != PICKS_PER_S * PICK_S:
+                raise RuntimeError(f"Envoy tells of {len(ordered)} decisions")
+            p50_ms.append(ordered[len(ordered) // 2])
+            p99_ms.append(_p99(ordered))
     gc.enable()
     for connection in idle:
         connection.abort("done")
-    ordered = sorted(map(_decision_ms, _read(latencies)[warmed_up:]))
-    if len(ordered) != PICKS_PER_S * PICK_S:
-        raise RuntimeError(f"Envoy tells of {len(ordered)} decisions")
     name = f"picker: decision at {PICKS_PER_S} req/s on one core, {IN_FLIGHT:,} in flight"
     return [
-        Metric(f"{name}, p50", ordered[len(ordered) // 2], "ms"),
-        Metric(f"{name}, p99", _p99(ordered), "ms", target=3.0),
-        Metric(f"picker: processor time of a decision at {PICKS_PER_S} req/s", cpu_s * 1e6, "us"),
-        Metric("picker: decisions that one core has time for", 1 / cpu_s, "1/s"),
+        of_repeats(f"{name}, p50", p50_ms, "ms"),
+        of_repeats(f"{name}, p99", p99_ms, "ms", target=3.0),
+        of_repeats(f"picker: processor time of a decision at {PICKS_PER_S} req/s", [s * 1e6 for s in cpu_s], "us"),
+        of_repeats("picker: decisions that one core has time for", [1 / s for s in cpu_s], "1/s"),
     ]
 
 
@@ -424,7 +430,11 @@ async def _hold(port: int, requests: int) -> None:
 
 @contextmanager
 def _core_of_its_own(process: psutil.Process) -> Iterator[None]:
-    """The first core for one process, the rest for all others of this run. Nothing on a machine of one core."""
+    """The first core for one process, the rest for all others of this run. Nothing on a machine of one core.
+
+    This process, which asks and answers, gives way to Envoy: on two cores Envoy's clock would tell of the load's
+    processor time otherwise. Only root may take that back.
+    """
     cores = sorted(os.sched_getaffinity(0))
     this = psutil.Process()
     others = [this, *(each for each in this.children(recursive=True) if each.pid != process.pid)]
@@ -432,9 +442,13 @@ def _core_of_its_own(process: psutil.Process) -> Iterator[None]:
         _run_on(process, cores[:1])
         for each in others:
             _run_on(each, cores[1:])
+    niceness = os.nice(0)
+    os.nice(10)
     try:
         yield
     finally:
+        with suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, niceness)
         for each in (process, *others):
             _run_on(each, cores)
 
