@@ -255,12 +255,13 @@ class Rules:
                 self.check_leases(life, host)
             self.check_lost(life, active_s)
         self.check_not_stuck(life)
+        under_budget = run.rough is not None and bool(run.rough.standing())  # one that has just ended ends the calm
         calm_s = run.now_s - run.calm_since_s
         if any(other.alive for other in run.lives[:-1]):
             return  # until the leader has spoken to a host, one that was followed may still do as it likes there
         if ordered and run.reporting and calm_s > CALM_S:
             self.check_arrived(life)
-        if run.rough is not None and run.rough.standing():
+        if under_budget:
             return  # what a budget allows may be less than the load
         if ordered and run.reporting and calm_s > SETTLED_S:
             self.check_serving(life)
@@ -353,8 +354,11 @@ class Rules:
             does = sum(state.fit.max_rate_rps(pool.name, i.tp) for i in open_to)
             if min(asked, could) > does + RATE_GRAIN_RPS * 2:
                 self.broken(f"pool {pool.name} serves {does:.2f} of {asked:.2f} requests/s; {could:.2f} are ready")
-            total = sum(i.weight for i in pool.instances if i.accepts_new)
+            # Those on standby get what goes beyond, in bursts.
+            total = sum(i.weight for i in pool.instances if i.accepts_new and not i.standby_load)
             for item in open_to:
+                if item.standby_load:
+                    continue
                 host, engine = engines[item.instance_id]
                 mhz = min((host.locks[u][0] for u in engine.gpus if u in host.locks), default=None)
                 curve = state.fit.curve(pool.name, item.tp, mhz) if mhz is not None else None
