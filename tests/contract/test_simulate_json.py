@@ -122,7 +122,8 @@ def test_the_object_has_every_key(out):
     assert list(printed["systems"]) == SYSTEMS
     for name, system in printed["systems"].items():
         assert system.keys() >= KEYS, name
-        for key in KEYS - {"attainment_by_class"}:
+        # No whole hour of a short trace is judged.
+        for key in KEYS - {"attainment_by_class", "attainment_worst_hour"}:
             assert isfinite(system[key]), (name, key)
         assert isinstance(system["meets_slo"], bool)
         assert system["attainment_by_class"]
