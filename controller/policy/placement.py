@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from controller.domain.layout import Layout, Node, PlannedInstance
 
@@ -207,31 +208,21 @@ def _emptiest_first(staying: list[_Candidate]) -> dict[str, int]:
 
 def _assign(candidates: list[_Candidate], slots: list[str], rank: Mapping[str, int]) -> dict[int, _Candidate]:
     """Which candidate takes which wanted place (index into `slots`, a pool each): the assignment of least cost. `rank`
-    has the nodes in the order in which they are to become empty; without it a crowded one loses an instance first.
-
-    Places of a pool are alike, and any other pool costs the same: so the cheapest of each pool keep its places, what is
-    left of it costs a relabel more, and the cheapest of all are taken. No other choice costs less.
-    """
+    has the nodes in the order in which they are to become empty; without it a crowded one loses an instance first."""
+    if not candidates or not slots:
+        return {}
+    numbers = {pool: number for number, pool in enumerate(dict.fromkeys(slots))}
+    pools = np.array([numbers[pool] for pool in slots])
+    cost = np.empty((len(candidates), len(slots)))
     seen: Counter[tuple[str, str]] = Counter()
-    by_pool: dict[str, list[tuple[float, int]]] = {}
-    for number, candidate in enumerate(candidates):
+    for row, candidate in enumerate(candidates):
         crowd = seen[candidate.pool, candidate.node_id]
         seen[candidate.pool, candidate.node_id] += 1
+        cost[row] = np.where(pools == numbers.get(candidate.pool, -1), 0.0, _RELABEL)
         tie = 1.0 - rank[candidate.node_id] / len(rank) if rank else crowd
-        cost = (0.0 if candidate.held else _NOT_STARTED) + _TIE * tie
-        by_pool.setdefault(candidate.pool, []).append((cost, number))
-    places: dict[str, list[int]] = {}
-    for index, pool in enumerate(slots):
-        places.setdefault(pool, []).append(index)
-    asked: list[tuple[float, int, int | None]] = []
-    for pool, mine in by_pool.items():
-        own = places.get(pool, [])
-        for nth, (cost, number) in enumerate(sorted(mine)):
-            asked.append((cost, number, own[nth]) if nth < len(own) else (cost + _RELABEL, number, None))
-    taken = sorted(asked, key=lambda each: each[:2])[: len(slots)]
-    kept = {index for _, _, index in taken if index is not None}
-    others = iter([index for index in range(len(slots)) if index not in kept])
-    return {next(others) if index is None else index: candidates[number] for _, number, index in taken}
+        cost[row] += (0.0 if candidate.held else _NOT_STARTED) + _TIE * tie
+    rows, columns = linear_sum_assignment(cost)
+    return {int(column): candidates[int(row)] for row, column in zip(rows, columns, strict=True)}
 
 
 def _interleaved(pools: list[str]) -> list[str]:
