@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 
@@ -220,9 +219,6 @@ async def test_a_client_that_leaves_ends_its_work_in_the_engine(way: str, engine
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_locust_sees_no_failure(way: str, engine: str, tmp_path: Path) -> None:
-    # Looked for, not imported: it patches the whole interpreter on import.
-    if find_spec("locust") is None:
-        pytest.skip("locust is missing: pip install locust")
     async with way_in(way, engine, tmp_path) as (url, _, controller):
         total = (await locust(url, tmp_path))[-1]
         asked = int(total["Request Count"])
