@@ -67,14 +67,18 @@ def tick(turn: Turn) -> None:
     """One fast tick: who serves, steps, routing, clocks."""
     pace.look(turn)
     rates = serving.pool_rates(turn, turn.state.settings.load_window_s)
-    wanted = serving.with_bursts(turn, rates)
+    serving.look_at_bursts(turn, rates)
     emergency.look(turn)
     serving.choose(turn, rates)
     serving.look_ahead(turn)
     reconcile(turn, renew=True)
-    if wanted is None:  # the first routing table may have been made just now: only with it the load of a pool is known
-        wanted = serving.with_bursts(turn, serving.pool_rates(turn, turn.state.settings.load_window_s))
-    _set_clocks(turn, wanted)
+    # The first routing table may have been made just now: only with it the load of a pool is known.
+    _set_clocks(turn, _clock_rates(turn) if rates is None else serving.with_bursts(turn.state, rates))
+
+
+def _clock_rates(turn: Turn) -> dict[str, float] | None:
+    rates = serving.pool_rates(turn, turn.state.settings.load_window_s)
+    return None if rates is None else serving.with_bursts(turn.state, rates)
 
 
 # ------------------------------------------------------------------------------------------------ transitions
@@ -83,7 +87,7 @@ def tick(turn: Turn) -> None:
 def reconcile_now(turn: Turn) -> None:
     """Between two ticks: those that take over the load of others do not wait for the next tick's clocks."""
     if reconcile(turn):
-        _set_clocks(turn, serving.with_bursts(turn, serving.pool_rates(turn, turn.state.settings.load_window_s)))
+        _set_clocks(turn, _clock_rates(turn))
 
 
 def reconcile(turn: Turn, renew: bool = False) -> bool:

@@ -64,26 +64,43 @@ def pool_rates(turn: Turn, window_s: float) -> dict[str, float] | None:
     }
 
 
-def with_bursts(turn: Turn, rates: Mapping[str, float] | None) -> dict[str, float] | None:
-    """The load that clocks are chosen for: what is seen, and what a burst may add before the next tick."""
+def look_at_bursts(turn: Turn, rates: Mapping[str, float] | None) -> None:
+    """Now and then: what bursts may add to the load of each routed pool."""
     state, now = turn.state, turn.now
-    if rates is None or not state.settings.knobs.standby:
-        return None if rates is None else dict(rates)
-    if now.monotonic_s - state.burst_seen_s >= BURST_EVERY_S:
-        state.burst_seen_s = now.monotonic_s
-        tokens = state.load.mean_tokens(now.monotonic_s, BURST_PAST_S)
-        known = {group.name for group in state.profile.groups}
-        state.burst_rps = {pool: burst_rps(state, now, pool, tokens) for pool in sorted(rates) if pool in known}
-        means = pool_rates(turn, BURST_PAST_S) or {}
-        state.bursty = frozenset(pool for pool, rps in state.burst_rps.items() if rps > means.get(pool, 0.0))
-    return {pool: rate + state.burst_rps.get(pool, 0.0) for pool, rate in rates.items()}
+    if rates is None or not state.settings.knobs.standby or now.monotonic_s - state.burst_seen_s < BURST_EVERY_S:
+        return
+    state.burst_seen_s = now.monotonic_s
+    tokens = state.load.mean_tokens(now.monotonic_s, BURST_PAST_S)
+    known = {group.name for group in state.profile.groups}
+    state.burst_rps = {pool: burst_rps(state, now, pool, tokens) for pool in sorted(rates) if pool in known}
+    means = pool_rates(turn, BURST_PAST_S) or {}
+    state.bursty = frozenset(pool for pool, rps in state.burst_rps.items() if rps > means.get(pool, 0.0))
+
+
+def with_bursts(state: State, rates: Mapping[str, float]) -> dict[str, float]:
+    """The load that clocks are chosen for: what is seen, and what a burst may add before the next tick to those that
+    serve."""
+    if not state.settings.knobs.standby:
+        return dict(rates)
+    seen = state.instances()
+    helped = {state.pool_of(seen[name][1]) for name in state.standby if name in seen and on_call(state, seen[name][1])}
+    return {
+        pool: rate + (_burst_to_serve(state, pool) if pool in helped else state.burst_rps.get(pool, 0.0))
+        for pool, rate in rates.items()
+    }
+
+
+def _burst_to_serve(state: State, pool: str) -> float:
+    """What of a burst is not left to those on call, in equivalent requests/s."""
+    share = state.settings.serve_burst_share if pool in state.bursty else 1.0
+    return share * state.burst_rps.get(pool, 0.0)
 
 
 def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
     """Chooses for the time until the next tick, for the larger of the load just now (`rates`) and over the last minute,
-    and for a burst on top of it: more serve soon, fewer later. Where the load is unknown, or requests wait for room,
-    all serve, and so does whatever is not to be touched. In an emergency all serve, and the pool manager is asked for
-    more."""
+    and for their part of a burst on top of it: more serve soon, fewer later. Where the load is unknown, or requests
+    wait for room, all serve, and so does whatever is not to be touched. In an emergency all serve, and the pool manager
+    is asked for more."""
     state, now_s = turn.state, turn.now.monotonic_s
     if not state.settings.knobs.standby:
         return
@@ -108,7 +125,7 @@ def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
         if rates is None or steady is None or pool not in rates:
             continue
         seen_rps = max(rates[pool], steady[pool])
-        rate_rps = seen_rps + state.burst_rps.get(pool, 0.0)
+        rate_rps = seen_rps + _burst_to_serve(state, pool)
         if emergency.stage_of(state, pool) is not Stage.NONE:
             _ask_for_more(turn, pool, plan, seen_rps)
             continue

@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 
 from controller.domain.classes import Bucket, ClassGroup
 from controller.domain.reasons import Stage
+from controller.policy.routing.load import readable_tokens
 from controller.profile.fit import ProfileFit
 
 
@@ -138,12 +140,9 @@ def can_make_it(deadline_s: float, now_s: float) -> bool:
 
 
 def most_prompt_tokens(fit: ProfileFit, group: ClassGroup, tp: int) -> int:
-    """Unread prompt tokens at which an instance gets nothing more in an emergency: what it reads within `READ_SHARE` of
-    the tightest first-token bound of its pool. A prompt is read in proportion to the GPUs, as a rough guess."""
-    profile = fit.profile
-    bound_s = min(profile.slo.ttft_ms(request_class.input) for request_class in group.classes) / 1e3
-    token_s = profile.work.input_s * max(profile.tps) / tp
-    return max(1, int(READ_SHARE * bound_s / token_s)) if token_s > 0 else 1
+    """Unread prompt tokens at which an instance gets nothing more in an emergency."""
+    tokens = readable_tokens(fit.profile, group, tp, READ_SHARE)
+    return max(1, int(tokens)) if tokens < inf else 1
 
 
 def expected_first_token_s(fit: ProfileFit, pool: str) -> tuple[float, float, float]:

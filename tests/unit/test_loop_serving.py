@@ -9,6 +9,7 @@ import pytest
 from controller.domain.reasons import Level, Mode
 from controller.fleet.port import Effect, InstanceObservation, Tick
 from controller.loop.core import Core
+from controller.loop.serving import with_bursts
 from controller.loop.settings import Knobs
 from controller.profile.fit import fit
 from controller.profile.table import IdlePoint
@@ -117,17 +118,26 @@ def test_after_bursts_all_serve_also_in_the_quiet_between() -> None:
     assert bursty.serving() > even.serving() == 1
 
 
-def test_only_where_bursts_are_larger_than_the_load_those_on_standby_are_on_call() -> None:
-    even, bursty = Fleet(), Fleet()
-    for fleet in (even, bursty):
-        profile = fleet.core.state.profile
-        cheap = replace(profile, idle=(*profile.idle, *(IdlePoint(tp, 210, 1.0) for tp in profile.tps)))
-        fleet.core.state.fit = fit(cheap)
-    even.serve(0.5, seconds=240)
+def cheap_standby() -> Fleet:
+    """Where standing by costs next to nothing."""
+    fleet = Fleet()
+    profile = fleet.core.state.profile
+    fleet.core.state.fit = fit(replace(profile, idle=(*profile.idle, *(IdlePoint(tp, 210, 1.0) for tp in profile.tps))))
+    return fleet
+
+
+def after_bursts() -> Fleet:
+    fleet = cheap_standby()
     for _ in range(8):
-        bursty.serve(0.0, seconds=25)
-        bursty.serve(2.0, seconds=5)
-    bursty.serve(0.0, seconds=60)
+        fleet.serve(0.0, seconds=25)
+        fleet.serve(2.0, seconds=5)
+    fleet.serve(0.0, seconds=60)
+    return fleet
+
+
+def test_only_where_bursts_are_larger_than_the_load_those_on_standby_are_on_call() -> None:
+    even, bursty = cheap_standby(), after_bursts()
+    even.serve(0.5, seconds=240)
     assert even.core.state.standby
     assert even.on_call() == set()
     assert bursty.core.state.bursty == {"all"}
@@ -137,6 +147,18 @@ def test_only_where_bursts_are_larger_than_the_load_those_on_standby_are_on_call
     for instance_id in bursty.on_call():
         lowest = bursty.core.state.fit.clocks("all", tps[instance_id])[0]
         assert bursty.core.state.clocks[instance_id].mhz == lowest.mhz > 210
+
+
+def test_a_part_of_a_burst_is_left_to_those_on_call_where_there_are_any() -> None:
+    fleet = after_bursts()
+    state = fleet.core.state
+    assert fleet.on_call()
+    burst_rps = state.burst_rps["all"]
+    assert with_bursts(state, {"all": 1.0}) == {
+        "all": pytest.approx(1.0 + state.settings.serve_burst_share * burst_rps)
+    }
+    state.standby = set()
+    assert with_bursts(state, {"all": 1.0}) == {"all": pytest.approx(1.0 + burst_rps)}
 
 
 def test_a_load_on_its_way_beyond_the_plan_is_planned_for_before_it_is_there() -> None:

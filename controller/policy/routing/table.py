@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 import numpy as np
 
 from controller.domain.classes import ClassGroup
 from controller.fleet.port import RoutedInstance, RoutedPool
+from controller.policy.routing.load import PROMPT_TOKENS_PER_REQUEST, readable_tokens
 from controller.profile.fit import ProfileFit
 
 
@@ -35,9 +36,9 @@ class RoutableInstance:
 IN_FLIGHT_HEADROOM = 1.25
 # Of an instance that no profile knows: room for one batch of a small kernel size per GPU.
 UNPROFILED_IN_FLIGHT_PER_GPU = 8
-# Share of what an instance holds at its largest load in SLO (P99) that those that serve hold before one on standby is
-# asked: with more of it prompts of a burst wait too long, with less the standby saves nothing.
-ON_CALL_SHARE = 0.5
+# Share of the time to a first token for which those that serve may have prompts to read before one on standby is asked.
+# The more, the fuller batches are, and the later first tokens.
+ON_CALL_SHARE = 0.25
 # Loads at which the marginal energy is taken from the profile, and intervals of an instance's limit it is told for.
 _LOADS = 9
 MARGINAL_STEPS = 16
@@ -96,10 +97,14 @@ def max_in_flight(fit: ProfileFit | None, pool: str, tp: int) -> int:
 
 
 def standby_load(fit: ProfileFit | None, pool: str, tp: int) -> float:
-    """The load at which those that serve are no better a place than one on standby, for `load_of`."""
-    curves = fit.clocks(pool, tp) if fit is not None else ()
-    held = curves[-1].running_p99(curves[-1].max_rate_rps) if curves else None
-    return max(1.0, ON_CALL_SHARE * (held or UNPROFILED_IN_FLIGHT_PER_GPU * tp))
+    """The load at which those that serve are no better a place than one on standby, for `load_of`: prompts are what
+    bursts are made of."""
+    tokens = inf
+    if fit is not None and fit.clocks(pool, tp):
+        tokens = readable_tokens(fit.profile, fit.profile.group(pool), tp, ON_CALL_SHARE)
+    return max(
+        1.0, tokens / PROMPT_TOKENS_PER_REQUEST if tokens < inf else ON_CALL_SHARE * max_in_flight(fit, pool, tp)
+    )
 
 
 # By profile (the very object: it is made once and has no hash), pool and tp.
