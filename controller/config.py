@@ -167,6 +167,7 @@ class RetentionConfig(ConfigModel):
     choices: float = Field(default=31.0, ge=0, description="the gateways' sample of theirs")
     telemetry: float = Field(default=400.0, ge=0)
     load: float = Field(default=400.0, ge=0, description="also of the SLO rows")
+    forecasts: float = Field(default=400.0, ge=0, description="beside what came")
     inputs: float = Field(default=31.0, ge=0, description="what a replay needs: the bulk of the history")
     hourly_after: float = Field(
         default=8.0, ge=0.05, description="windows of telemetry, load and SLO older than this are summed into hours"
@@ -183,6 +184,7 @@ class RetentionConfig(ConfigModel):
             "telemetry_minute": self.telemetry,
             "load_minute": self.load,
             "slo_minute": self.load,
+            "forecasts": self.forecasts,
             # Before the frames: which snapshots are needed depends on them.
             "input_snapshots": self.inputs,
             "input_frames": self.inputs,

@@ -121,12 +121,17 @@ async def _run(
     hub = RoutingHub()
     agents: dict[str, AgentClient] = {}
     standing = standing_orders(engine, clock.wall_s())
+
+    def circuits_open() -> dict[str, bool]:
+        return {node_id: agent.circuit_open for node_id, agent in agents.items()}
+
     metrics = ControllerMetrics(
         core.state,
         recorder.counts,
         lambda: runtime.missed_ticks,
         clock.monotonic_s,
-        lambda: {node_id: agent.circuit_open for node_id, agent in agents.items()},
+        circuits_open,
+        lambda: runtime.failed_actions,
     )
 
     def ticked(level: Level, seconds: float) -> None:
@@ -173,6 +178,7 @@ async def _run(
         lead.holder,
         recorder.record,
         lambda: trials.said,
+        circuits_open,
     )
     server = await open_api(config.listen, service, config.tls)
     stop_metrics = serve_metrics(metrics, config.metrics_listen) if config.metrics_listen else None

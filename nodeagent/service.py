@@ -118,7 +118,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
     async def StartInstance(self, request: pb.StartInstanceRequest, context: Context) -> pb.StartInstanceResponse:
         async def work() -> pb.StartInstanceResponse:
             self._admit(request, new_work=True)
-            view = await self._instances.start(wire.spec_from(request.spec), request.reason)
+            view = await self._instances.start(wire.spec_from(request.spec), request.reason, _holder(request))
             return pb.StartInstanceResponse(instance=wire.instance_to(view))
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))
@@ -126,7 +126,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
     async def DrainInstance(self, request: pb.DrainInstanceRequest, context: Context) -> pb.DrainInstanceResponse:
         async def work() -> pb.DrainInstanceResponse:
             self._admit(request)
-            view = self._instances.drain(request.instance_id, request.reason)
+            view = self._instances.drain(request.instance_id, request.reason, _holder(request))
             return pb.DrainInstanceResponse(instance=wire.instance_to(view))
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))
@@ -134,7 +134,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
     async def StopInstance(self, request: pb.StopInstanceRequest, context: Context) -> pb.StopInstanceResponse:
         async def work() -> pb.StopInstanceResponse:
             self._admit(request)
-            view = await self._instances.stop(request.instance_id, request.force, request.reason)
+            view = await self._instances.stop(request.instance_id, request.force, request.reason, _holder(request))
             return pb.StopInstanceResponse(instance=wire.instance_to(view))
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))
@@ -144,7 +144,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
             self._admit(request, new_work=True)
             gpus = tuple(request.gpu_uuids)
             view, transaction_id = await self._instances.restart(
-                request.instance_id, gpus, request.drain_deadline_s, request.reason
+                request.instance_id, gpus, request.drain_deadline_s, request.reason, _holder(request)
             )
             return pb.RestartInstanceResponse(instance=wire.instance_to(view), transaction_id=transaction_id)
 
@@ -153,7 +153,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
     async def SleepInstance(self, request: pb.SleepInstanceRequest, context: Context) -> pb.SleepInstanceResponse:
         async def work() -> pb.SleepInstanceResponse:
             self._admit(request)
-            view = await self._instances.sleep(request.instance_id, request.reason)
+            view = await self._instances.sleep(request.instance_id, request.reason, _holder(request))
             return pb.SleepInstanceResponse(instance=wire.instance_to(view))
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))
@@ -161,7 +161,7 @@ class NodeAgentService(rpc.NodeAgentServicer):
     async def WakeInstance(self, request: pb.WakeInstanceRequest, context: Context) -> pb.WakeInstanceResponse:
         async def work() -> pb.WakeInstanceResponse:
             self._admit(request, new_work=True)
-            view = await self._instances.wake(request.instance_id, request.reason)
+            view = await self._instances.wake(request.instance_id, request.reason, _holder(request))
             return pb.WakeInstanceResponse(instance=wire.instance_to(view))
 
         return await _answer(context, self._requests.once(request.request_id, _content(request), work))
@@ -273,6 +273,11 @@ _Steering = (
     | pb.WakeInstanceRequest
     | pb.SetGuardRequest
 )
+
+
+def _holder(request: _Steering) -> str:
+    """The operator who asks, "" for a controller: whose the instance is from now on."""
+    return request.owner.name if request.owner.kind == types.OWNER_KIND_OPERATOR else ""
 
 
 def _operator(message: types.Owner, reason: str) -> str:

@@ -180,6 +180,7 @@ def instance_to(view: InstanceView) -> types.Instance:
         asleep_gpu_bytes=sum(nap.asleep_bytes.values()) if nap is not None else 0,
         asleep_host_bytes=nap.host_bytes if nap is not None else 0,
         drained=record.drained and record.state is State.DRAINING,
+        held_by=record.held_by,
     )
 
 

@@ -86,8 +86,11 @@ class ControllerRig:
     def start_agent(self, node_id: str) -> None:
         part = next(part for part in self.fleet.parts if part.name == f"agent-{node_id}")
         with part.log.open("ab") as log:
-            metrics = {"DYNAMOLLM_NODEAGENT__METRICS__LISTEN": self.agent_metrics[node_id]}
-            environment = {**os.environ, **metrics, **part.environment}
+            settings = {
+                "DYNAMOLLM_NODEAGENT__METRICS__LISTEN": self.agent_metrics[node_id],
+                "DYNAMOLLM_NODEAGENT__SECURITY__LOOPBACK_SCOPE": "admin",  # tests act as operators too
+            }
+            environment = {**os.environ, **settings, **part.environment}
             process = subprocess.Popen(part.command, stdout=log, stderr=log, env=environment, start_new_session=True)
         self.agents[node_id] = process
         self._processes.append(process)

@@ -75,6 +75,9 @@ DEFECTS: dict[str, Defect] = {
     "a start on a GPU that is ill": Defect(
         "controller.policy.transition", "_grow", "sorted(set(planned.gpu_uuids) - usable_gpus)", "[]"
     ),
+    "a start on GPUs that an operator uses": Defect(
+        "controller.loop.state", "State.placeable_nodes", "} | node.held_gpus", "}"
+    ),
     "two starts for one GPU": Defect(
         "controller.policy.transition", "_grow", "elif busy:", "elif False:"
     ),
@@ -101,6 +104,9 @@ DEFECTS: dict[str, Defect] = {
         "next_caps",
         "if all(more_w <= rooms[scope] + TOLERANCE_W for scope in over):",
         "if True:",
+    ),
+    "clocks that are not sent to an agent whose answers are lost": Defect(
+        "controller.fleet.breaker", "Breaker.lets_out", "return not self._is_silent(now_s)", "return False"
     ),
     "a routing that is never told": Defect(
         "controller.loop.instance", "_publish", "state = turn.state", "return"

@@ -164,6 +164,8 @@ class Rules:
         node = state.nodes.get(effect.node_id)
         known = {i.instance_id: i for i in node.instances} if node is not None else {}
         self.check_modes(life, effect)
+        if run.by_hand is not None:
+            run.by_hand.sent(effect, node)
         match effect:
             case ApplyClocks():
                 self.looked("lease")
@@ -327,7 +329,7 @@ class Rules:
         missing = sorted(i for i in wanted if i not in there or there[i].state not in HOLDS_GPUS)
         if missing:
             self.broken(f"{missing} are wanted, and nobody starts them")
-        left = sorted(i for i, e in there.items() if e.state in _SERVES and i not in wanted)
+        left = sorted(i for i, e in there.items() if e.state in _SERVES and i not in wanted and not e.held_by)
         if left:
             self.broken(f"{left} are not wanted, and nobody stops them")
 
@@ -391,7 +393,7 @@ class Rules:
         serving: dict[str, float] = {}
         for host in self.run.hosts.values():
             for engine in host.engines.values():
-                if engine.state is InstanceState.READY:
+                if engine.state is InstanceState.READY and not engine.held_by:
                     pool = state.routed_as.get(engine.instance_id, engine.pool)
                     serving[pool] = serving.get(pool, 0.0) + state.fit.max_rate_rps(pool, len(engine.gpus))
         for request_class in self.run.rates:

@@ -23,6 +23,7 @@ from typing import Any
 from controller.domain.classes import RequestClass
 from controller.domain.decision import Decision
 from controller.domain.reasons import Level, Mode
+from controller.fleet.breaker import Breaker
 from controller.fleet.port import (
     ClassCounters,
     Effect,
@@ -45,6 +46,7 @@ from controller.loop.state import Instant
 from controller.policy.milp.plan import plan_for
 from controller.policy.routing import pools_for
 from controller.store.records import PlanRecord, Record
+from tests.byhand import ByHand
 from tests.faultrules import Rules
 from tests.faultworld import (
     FAULTY_S,
@@ -55,12 +57,15 @@ from tests.faultworld import (
     PROFILE,
     QUIET_S,
     REPLY_S,
+    SAMPLE_S,
     SETTINGS,
     WALL_S,
     Host,
 )
 from tests.roughworld import ROUGH_SETTINGS, RoughWorld, is_rough
 from tests.synthetic_profile import MODEL
+
+NO_ANSWER = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 @dataclass
@@ -91,6 +96,7 @@ class Report:
     decisions: int = 0
     effects: int = 0
     refused: int = 0  # by agents: an old term, or GPUs that are held
+    unsent: int = 0  # to agents that had left calls unanswered
     events: int = 0
     checks: dict[str, int] = field(default_factory=dict)  # how often each rule had something to look at
     history: list[Decision] = field(default_factory=list)
@@ -128,6 +134,7 @@ class Run:
         self.modes_since_s = 0.0
         self.rules = Rules(self)
         self.rough = RoughWorld(self, seed) if is_rough(seed) else None
+        self.by_hand = ByHand(self, seed) if seed % 3 == 1 else None  # its own stream: other lives stay what they were
         self.settings = ROUGH_SETTINGS if self.rough else SETTINGS
         if self.rough is not None:
             for host in self.hosts.values():
@@ -207,6 +214,8 @@ class Run:
             return
         if isinstance(event, NodeSeen):
             life.heard_s[event.observation.node_id] = event.observation.observed_at_s
+            if self.rough is not None:
+                self.rough.circuit(life, event.observation.node_id).heard(self.now_s)
         elif isinstance(event, LoadSeen):
             life.load_heard_s = event.observation.observed_at_s
         self.rules.before_step(life)
@@ -271,6 +280,11 @@ class Run:
             return
         host = self.hosts[effect.node_id]
         self.rules.sent(life, effect)
+        circuit = self.rough.circuit(life, host.node_id) if self.rough else None
+        if circuit is not None and not circuit.lets_out(effect, self.now_s):
+            self.report.unsent += 1
+            self.at(self.now_s, self.told, life, EffectDone(effect.effect_id, ok=False, detail="not sent"))
+            return
         delay_s = REPLY_S
         fate = self.rough.fate(effect) if self.rough else ""
         if host.hangs or not host.up or fate == "unheard":
@@ -282,7 +296,18 @@ class Run:
             if host.deaf or fate:
                 wrong, delay_s = "DEADLINE_EXCEEDED", SETTINGS.rpc_deadline_s
         self.report.refused += bool(wrong)
-        self.at(self.now_s + delay_s, self.told, life, EffectDone(effect.effect_id, ok=not wrong, detail=wrong))
+        done = EffectDone(effect.effect_id, ok=not wrong, detail=wrong)
+        self.at(self.now_s + delay_s, self.call_ends, life, circuit, done)
+
+    def call_ends(self, life: Life, circuit: Breaker | None, done: EffectDone) -> None:
+        if circuit is not None and life.alive and self.now_s < life.frozen_until_s:
+            self.at(life.frozen_until_s, self.call_ends, life, circuit, done)  # it finds out when it wakes
+            return
+        if circuit is not None and done.detail in NO_ANSWER:
+            circuit.failed(self.now_s)
+        elif circuit is not None:
+            circuit.answered()
+        self.told(life, done)
 
     # ------------------------------------------------------------------------------------------------ the hosts
 
@@ -291,7 +316,9 @@ class Run:
         if host.up and host.heard:
             self.everyone(NodeSeen(host.observation(self.now_s)))
             host.forget_stopped()
-        self.at(self.now_s + 1.0, self.telemetry, host)
+        elif not host.up and self.rough is not None:
+            self.rough.agent_gone(host)
+        self.at(self.now_s + SAMPLE_S, self.telemetry, host)
 
     def gateway(self) -> None:
         """A second of requests by the routing in force, and the report."""
@@ -464,6 +491,8 @@ class Run:
             self.ordered(SetMode(scope, Mode.ACTIVE))
         if self.rough is not None:
             self.rough.heal()
+        if self.by_hand is not None:
+            self.by_hand.heal()
         self.load({c: min(rate, 1.5) for c, rate in self.rates.items()})
 
 

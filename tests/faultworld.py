@@ -35,6 +35,7 @@ from tests.synthetic_profile import MODEL, synthetic_profile
 NODES, GPUS = 3, 8
 FAULTY_S, QUIET_S = 420.0, 150.0
 START_S, STOP_S, REPLY_S = 12.0, 2.0, 0.05
+SAMPLE_S = 1.0  # between two samples of a host
 LOW_W, FREE_W = 200.0, 700.0  # the range of a GPU's power limit; it is free at the upper end
 SLOW = 6.0  # times as long as usual a slow host takes to start an engine
 WALL_S = 1.8e9
@@ -68,6 +69,7 @@ class Engine:
     running: float = 0.0
     fails: bool = False
     ordered_off: bool = False  # a controller stopped it, it did not die
+    held_by: str = ""  # the operator who took it
 
 
 @dataclass
@@ -182,14 +184,15 @@ class Host:
             )
             for i, uuid in enumerate(self.gpus)
         )  # fmt: skip
-        instances = tuple(
+        engines = tuple(
             InstanceObservation(
                 e.instance_id, MODEL, e.pool, e.gpus, e.state, f"http://{e.instance_id}", round(e.running), 0.0,
-                round(e.running / 100, 2), "", {"start": START_S} if e.state is InstanceState.READY else {},
+                round(e.running / 100, 2), "", {"start": START_S} if e.state is InstanceState.READY else {}, e.held_by,
             )
             for e in self.engines.values()
         )  # fmt: skip
-        return NodeObservation(self.node_id, now_s, gpus, instances)
+        mine, held = tuple(e for e in engines if not e.held_by), tuple(e for e in engines if e.held_by)
+        return NodeObservation(self.node_id, now_s, gpus, mine, held)
 
     def forget_stopped(self) -> None:
         """Shown once, then forgotten."""

@@ -1,6 +1,7 @@
 """What every third life of tests/faultrun.py has beside the faults of all: power budgets that come, change, end and are
 lifted; single calls that never arrive or whose answer is lost; surges of the load, also while nobody reports; hosts
-that are dead for minutes. It draws from a stream of its own, so that the other lives stay what they were.
+that are dead for minutes; and the circuits of agents that leave calls unanswered (controller/fleet/breaker.py), as the
+real client of agents has them. It draws from streams of its own, so that the other lives stay what they were.
 
 The rule of budgets (as in tests/faults/test_budget_seeds.py): once the limits of a scope add up to no more than its
 budget, and the leader says so, they never do again until it is changed or ends, whoever dies meanwhile.
@@ -13,9 +14,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from controller.domain.classes import RequestClass
+from controller.fleet.breaker import Breaker, breaker_of
 from controller.fleet.port import ApplyCaps, DrainInstance, NodeEffect, ReleaseCaps, StartInstance, StopInstance
 from controller.loop.orders import SetPowerBudget
-from tests.faultworld import FAULTY_S, FREE_W, GPUS, LOW_W, NODES, SETTINGS
+from tests.faultworld import FAULTY_S, FREE_W, GPUS, LOW_W, NODES, SAMPLE_S, SETTINGS, Host
 
 if TYPE_CHECKING:
     from tests.faultrun import Life, Run
@@ -36,6 +38,8 @@ class RoughWorld:
     def __init__(self, run: Run, seed: int) -> None:
         self.run = run
         self.chance = random.Random(f"{seed}/rough")
+        self.trials = random.Random(f"{seed}/circuits")
+        self.circuits: dict[tuple[int, str], Breaker] = {}  # by term and node: each controller has its own
         self.budgets: dict[str, SetPowerBudget] = {}  # the last order of each scope
         self.reached: set[str] = set()
         self.over: set[str] = set()  # those whose time has come, whatever the clock says later
@@ -88,6 +92,18 @@ class RoughWorld:
             return ""
         drawn = self.chance.random()
         return "unheard" if drawn < UNHEARD else "unanswered" if drawn < UNHEARD + UNANSWERED else ""
+
+    def circuit(self, life: Life, node_id: str) -> Breaker:
+        made = self.circuits.get((life.term, node_id))
+        if made is None:
+            made = breaker_of(SETTINGS.rpc_deadline_s, SAMPLE_S, self.trials.random)
+            self.circuits[life.term, node_id] = made
+        return made
+
+    def agent_gone(self, host: Host) -> None:
+        """Its streams break."""
+        for life in self.run.lives:
+            self.circuit(life, host.node_id).stream_lost()
 
     def heal(self) -> None:
         """Some budgets stay to the end, so that they must be held then."""

@@ -31,6 +31,7 @@ from controller.store.records import (
     ChoiceRecord,
     DecisionOutcome,
     EnergySource,
+    ForecastRow,
     InputFrame,
     InputSnapshot,
     LoadRow,
@@ -128,6 +129,7 @@ def one_of_each() -> list[Record]:
         ),
         LoadRow(1, NOON_S, 60.0, MODEL, RequestClass.parse("LM"), 120, 118, 1, 240_000, 30_000),
         SloRow(1, NOON_S, 60.0, MODEL, RequestClass.parse("LM"), 119, 117, 600.0, 1900.5, 30.0, 80.0),
+        ForecastRow(1, NOON_S, 120.0, MODEL, "long", 2.5, 3.5, 2.0, 3.0, 2.0),
         TransitionRow(1, "tr1", MODEL, "long", "forecast_changed", NOON_S + 2, 45.0, True, 1, 0, 1, {"4": 2}, {"4": 3}),
         PlanRecord(
             1,

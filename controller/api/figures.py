@@ -102,11 +102,28 @@ def drifts(state: State, now_s: float) -> list[str]:
     return found
 
 
+def held_by_hand(state: State) -> list[str]:
+    """Instances that an operator has started, moved or taken down: the loop leaves them and their GPUs alone."""
+    return [
+        f"{instance.instance_id} on {node.node_id} is {instance.held_by}'s ({instance.state})"
+        for node in sorted(dict(state.nodes).values(), key=lambda node: node.node_id)
+        for instance in node.held
+        if instance.state in HOLDS_GPUS
+    ]
+
+
 def drift_line(state: State, now_s: float) -> str:
-    """For people; "" where everything is at its clock."""
-    found = drifts(state, now_s)
+    """For people; "" where everything is as the loop has chosen."""
+    said = {
+        "an operator's lock, or one that was not taken": drifts(state, now_s),
+        "left alone": held_by_hand(state),
+    }
+    return "; ".join(f"{_some(found)}: {why}" for why, found in said.items() if found)
+
+
+def _some(found: list[str]) -> str:
     more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return f"{'; '.join(found[:_NAMED])}{more}: an operator's lock, or one that was not taken" if found else ""
+    return f"{'; '.join(found[:_NAMED])}{more}"
 
 
 DRIFT_LINE = "drift"  # its key beside the levels' sentences

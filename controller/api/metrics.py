@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from common.errors import EXIT_UNAVAILABLE, UserError
-from controller.api.figures import drifts, pool_figures, predicted_power_w
+from controller.api.figures import drifts, held_by_hand, pool_figures, predicted_power_w
 from controller.domain.decision import Decision
 from controller.domain.reasons import Level, Mode
 from controller.loop.state import State
@@ -32,13 +32,16 @@ class ControllerMetrics(Collector):
         missed_ticks: Callable[[], int],
         monotonic_s: Callable[[], float],
         circuits_open: Callable[[], Mapping[str, bool]],
+        failed_actions: Callable[[], Mapping[tuple[str, str], int]],
     ) -> None:
-        """`circuits_open`: by node, whether calls to its agent fail at once."""
+        """`circuits_open`: by node, whether calls to its agent fail at once. `failed_actions`: by node and kind, how
+        many calls have failed."""
         self._state = state
         self._recorder = recorder
         self._missed_ticks = missed_ticks
         self._monotonic_s = monotonic_s
         self._circuits_open = circuits_open
+        self._failed_actions = failed_actions
         self._decisions: Counter[tuple[str, str]] = Counter()
         self.ticks = Histogram(
             "dynamollm_tick_seconds",
@@ -72,6 +75,14 @@ class ControllerMetrics(Collector):
         for node_id, is_open in sorted(self._circuits_open().items()):
             circuit.add_metric([node_id], is_open)
         yield circuit
+        failed = CounterMetricFamily(
+            "dynamollm_actions_failed",
+            "Calls to nodes that failed, were refused or were not sent, by kind.",
+            labels=["node", "kind"],
+        )
+        for (node_id, kind), total in sorted(self._failed_actions().items()):
+            failed.add_metric([node_id, kind], total)
+        yield failed
         yield from _pools(state, now_s)
         clocks = GaugeMetricFamily(
             "dynamollm_instance_locked_clock_hertz",
@@ -84,8 +95,8 @@ class ControllerMetrics(Collector):
         yield clocks
         yield GaugeMetricFamily(
             "dynamollm_instances_drifted",
-            "Instances whose GPUs are not at the clock chosen for them.",
-            len(drifts(state, now_s)),
+            "Instances whose GPUs are not at the clock chosen for them, and those that an operator holds.",
+            len(drifts(state, now_s)) + len(held_by_hand(state)),
         )
         mode = GaugeMetricFamily("dynamollm_controller_mode", "1 for the cluster's mode.", labels=["mode"])
         for each in Mode:

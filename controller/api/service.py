@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Container
+from collections.abc import AsyncIterator, Callable, Container, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -62,8 +62,11 @@ class ControllerService(rpc.ControllerServicer):
         holder: str,
         record: Callable[[Record], None],
         trial: Callable[[], str],
+        circuits_open: Callable[[], Mapping[str, bool]],
     ) -> None:
-        """`record` must neither block nor raise (store/recorder.py). `trial` says how a trial stands."""
+        """`record` must neither block nor raise (store/recorder.py). `trial` says how a trial stands. `circuits_open`:
+        by node, whether calls to its agent fail at once."""
+        self._circuits_open = circuits_open
         self._record = record
         self._trial = trial
         self._state = state
@@ -219,7 +222,7 @@ class ControllerService(rpc.ControllerServicer):
         )
 
     def _nodes(self) -> list[pb.NodeStatus]:
-        state, now_s = self._state, self._monotonic_s()
+        state, now_s, circuits_open = self._state, self._monotonic_s(), self._circuits_open()
         nodes = []
         for node_id, address in sorted(self._addresses.items()):
             seen = state.nodes.get(node_id)
@@ -240,6 +243,7 @@ class ControllerService(rpc.ControllerServicer):
                     age_s=now_s - seen.observed_at_s if seen else 0.0,
                     gpus=len(seen.gpus) if seen else 0,
                     power_w=sum(gpu.power_w or 0.0 for gpu in seen.gpus) if seen else 0.0,
+                    circuit_open=circuits_open.get(node_id, False),
                 )
             )
         return nodes

@@ -30,6 +30,8 @@ from controller.cli.shared import (
     UrlOption,
     call,
     console,
+    data_of,
+    in_trouble,
     mode_name,
     print_json,
 )
@@ -101,6 +103,8 @@ def status(controller: ControllerOption = DEFAULT_CONTROLLER, as_json: JsonOptio
         if beside in answer.last_sentences:
             said = f"{beside}: {answer.last_sentences[beside]}"
             console.print(said, style="yellow", highlight=False, soft_wrap=True)
+    if trouble := in_trouble(answer):
+        console.print(f"nodes: {trouble}", style="yellow", highlight=False, soft_wrap=True)
 
 
 @node.command("list")
@@ -112,8 +116,8 @@ def node_list(controller: ControllerOption = DEFAULT_CONTROLLER, as_json: JsonOp
         return
     table = Table("node", "address", "data", "age s", "GPUs", "W")
     for item in answer.nodes:
-        freshness = pb.Freshness.Name(item.freshness).removeprefix("FRESHNESS_").lower()
-        table.add_row(item.node_id, item.address, freshness, f"{item.age_s:.1f}", str(item.gpus), f"{item.power_w:.0f}")
+        age, gpus, watts = f"{item.age_s:.1f}", str(item.gpus), f"{item.power_w:.0f}"
+        table.add_row(item.node_id, item.address, data_of(item), age, gpus, watts)
     console.print(table)
 
 

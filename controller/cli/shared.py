@@ -71,6 +71,19 @@ def mode_name(mode: pb.Mode.ValueType) -> str:
     return pb.Mode.Name(mode).removeprefix("MODE_").lower()
 
 
+def data_of(node: pb.NodeStatus) -> str:
+    """How fresh a node's data is, and whether its agent leaves calls unanswered; one that is off has none to answer."""
+    freshness = pb.Freshness.Name(node.freshness).removeprefix("FRESHNESS_").lower()
+    hangs = node.circuit_open and node.freshness != pb.FRESHNESS_OFF
+    return f"{freshness}, not answering calls" if hangs else freshness
+
+
+def in_trouble(status: pb.GetStatusResponse) -> str:
+    """The nodes that are not heard or do not answer, by name; "" without any. One that is off is meant to be silent."""
+    told = [f"{node.node_id} {data_of(node)}" for node in status.nodes if data_of(node) not in ("fresh", "off")]
+    return "; ".join(told)
+
+
 def who_asks() -> str:
     """The person at the terminal, for the history."""
     try:

@@ -14,7 +14,15 @@ from rich.text import Text
 
 from common.errors import UserError
 from controller.cli.operate import pools_table
-from controller.cli.shared import DEFAULT_CONTROLLER, ControllerOption, call, console, mode_name
+from controller.cli.shared import (
+    DEFAULT_CONTROLLER,
+    ControllerOption,
+    call,
+    console,
+    data_of,
+    in_trouble,
+    mode_name,
+)
 from controller.domain.reasons import Level
 from dynamollm.v1 import controller_pb2 as pb
 from dynamollm.v1 import types_pb2 as types
@@ -83,13 +91,10 @@ def _instances(status: pb.GetStatusResponse) -> Table:
 
 
 def _nodes(status: pb.GetStatusResponse) -> Text:
-    """One line: those that are not fresh by name, the rest as a count."""
-    late = [node for node in status.nodes if node.freshness != pb.FRESHNESS_FRESH]
-    told = ", ".join(
-        f"{node.node_id} {pb.Freshness.Name(node.freshness).removeprefix('FRESHNESS_').lower()}" for node in late
-    )
-    trouble = any(node.freshness != pb.FRESHNESS_OFF for node in late)
-    return Text(f"{len(status.nodes)} nodes{f': {told}' if told else ', all fresh'}", style="red" if trouble else "")
+    """One line: those that are not fresh or do not answer by name, the rest as a count."""
+    told = "; ".join(f"{node.node_id} {data_of(node)}" for node in status.nodes if data_of(node) != "fresh")
+    text = f"{len(status.nodes)} nodes{f': {told}' if told else ', all fresh'}"
+    return Text(text, style="red" if in_trouble(status) else "")
 
 
 def _said(status: pb.GetStatusResponse) -> Text:

@@ -1,7 +1,7 @@
 """A circuit breaker for the calls to one agent: one that leaves them unanswered is not called for a while.
 
-Each call that hangs costs its whole deadline, and every tick makes more of them. How calls ended goes in, whether one
-may go out comes out; the caller (controller/fleet/grpc.py) brings time and chance.
+Each call that hangs costs its whole deadline, and every tick makes more of them. How calls ended and when the node was
+heard goes in, whether a call may go out comes out; the caller (controller/fleet/grpc.py) brings time and chance.
 
     circuit   a call is due              a call failed                 an answer, or the node is heard again
     closed    goes out                   open, after the third in row  closed
@@ -17,8 +17,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
 
+from controller.fleet.port import ApplyCaps, ApplyClocks, NodeEffect
+
 FAILED_CALLS = 3
 """In a row, before the circuit opens."""
+# An open circuit costs at most one deadline in so many.
+_OPEN_DEADLINES = 8.0
+# Without a sample for so long a node is heard again with the next one, also on a stream that never broke.
+_SILENT_INTERVALS = 3.0
 
 
 class Circuit(StrEnum):
@@ -33,15 +39,31 @@ class Breaker:
 
     first_s: float  # how long it stays open at first: doubled with each trial that fails
     most_s: float
+    silent_s: float  # a node that was not heard for longer is silent
     chance: Callable[[], float]  # 0 … 1: agents that were lost together are not all tried at the same instant
     circuit: Circuit = Circuit.CLOSED
     failed_calls: int = 0  # in a row
     _open_s: float = 0.0
     _until_s: float = -inf
+    _heard_s: float = -inf  # when the last sample of a stream that stands came
 
     @property
     def is_open(self) -> bool:
         return self.circuit is not Circuit.CLOSED
+
+    def lets_out(self, effect: NodeEffect, now_s: float) -> bool:
+        """Whether this is sent: where the circuit admits a call, and whatever must be tried always. That is a cap that
+        guards a budget: nobody else lowers the power. And the clocks of a node that reports: it may do as it is told
+        and only be slow to say so; unsent, its leases would run out, or hold a clock that is too low."""
+        if self.admits(now_s):
+            return True
+        match effect:
+            case ApplyCaps():
+                return effect.protects
+            case ApplyClocks():
+                return not self._is_silent(now_s)
+            case _:
+                return False
 
     def admits(self, now_s: float) -> bool:
         """Whether a call may go out. One that may while the circuit is open is the trial: its end is to be told."""
@@ -69,7 +91,25 @@ class Breaker:
         self.circuit, self.failed_calls = Circuit.CLOSED, 0
         return was_open
 
+    def heard(self, now_s: float) -> bool:
+        """A sample has come. True when that closes an open circuit: only after a silence, since an agent may report all
+        the time and yet hang in every call."""
+        was_silent, self._heard_s = self._is_silent(now_s), now_s
+        return was_silent and self.answered()
+
+    def stream_lost(self) -> None:
+        """Whatever comes next comes after a silence."""
+        self._heard_s = -inf
+
+    def _is_silent(self, now_s: float) -> bool:
+        return now_s - self._heard_s > self.silent_s
+
     def _open(self, now_s: float, for_s: float) -> None:
         self.circuit = Circuit.OPEN
         self._open_s = min(for_s, self.most_s)
         self._until_s = now_s + self._open_s * (0.5 + 0.5 * self.chance())
+
+
+def breaker_of(deadline_s: float, interval_s: float, chance: Callable[[], float]) -> Breaker:
+    """For an agent whose calls may take `deadline_s` and that reports every `interval_s`."""
+    return Breaker(deadline_s, _OPEN_DEADLINES * deadline_s, _SILENT_INTERVALS * interval_s, chance)

@@ -11,7 +11,6 @@ import asyncio
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 import grpc
@@ -21,7 +20,7 @@ from common.clock import Clock
 from common.logs import get_logger
 from common.tls import ClientTls, Renewing
 from controller.fleet.arrival import Arrivals
-from controller.fleet.breaker import Breaker
+from controller.fleet.breaker import breaker_of
 from controller.fleet.port import (
     ApplyCaps,
     ApplyClocks,
@@ -48,10 +47,6 @@ _log = get_logger(__name__)
 _CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2000)]
 # Any other code is the answer of an agent that is there.
 _NO_ANSWER = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED})
-# An open circuit costs at most one deadline in so many.
-_OPEN_DEADLINES = 8.0
-# Without a sample for so long a node is heard again with the next one, also on a stream that never broke.
-_SILENT_INTERVALS = 3.0
 
 
 class AgentClient:
@@ -85,8 +80,7 @@ class AgentClient:
         self._interval_s = interval_s
         self._deadline_s = deadline_s
         self._most_late_s = most_late_s
-        self._heard_s = -inf  # when the last sample of a stream that stands came
-        self._breaker = Breaker(deadline_s, _OPEN_DEADLINES * deadline_s, chance)
+        self._breaker = breaker_of(deadline_s, interval_s, chance)
         self._link = Renewing(rpc.NodeAgentStub, self.address, tls, tls_name, _CHANNEL_OPTIONS)
         self._instances: dict[str, types.Instance] = {}
         self._indices: dict[str, int] = {}
@@ -137,13 +131,10 @@ class AgentClient:
                 taken_s = came_s = self._clock.monotonic_s()
                 if sample.HasField("sampled_at"):
                     taken_s = arrivals.taken_s(came_s, sample.sampled_at.seconds + sample.sampled_at.nanos / 1e9)
-                # Only after a silence: an agent may report all the time and yet hang in every call.
-                if self._is_silent(came_s):
-                    self._answered()
-                self._heard_s = came_s
+                self._closed(self._breaker.heard(came_s))
                 self._sink(NodeSeen(self._observe(sample, taken_s)))
         finally:
-            self._heard_s = -inf
+            self._breaker.stream_lost()
 
     async def _watch_instances(self) -> None:
         first = True
@@ -155,6 +146,7 @@ class AgentClient:
 
     def _observe(self, sample: pb.WatchTelemetryResponse, taken_s: float) -> NodeObservation:
         live = {item.instance_id: item for item in sample.instances}
+        seen = [_instance(instance, live.get(instance.spec.instance_id)) for instance in self._instances.values()]
         observation = NodeObservation(
             node_id=self.node_id,
             observed_at_s=taken_s,
@@ -162,9 +154,8 @@ class AgentClient:
                 _gpu(gpu, self._indices.get(gpu.uuid, 0), sample.draining, self._limits_w.get(gpu.uuid))
                 for gpu in sample.gpus
             ),
-            instances=tuple(
-                _instance(instance, live.get(instance.spec.instance_id)) for instance in self._instances.values()
-            ),
+            instances=tuple(instance for instance in seen if not instance.held_by),
+            held=tuple(instance for instance in seen if instance.held_by),
         )
         # One that has stopped is shown once and then forgotten.
         self._instances = {
@@ -176,8 +167,7 @@ class AgentClient:
 
     async def execute(self, effect: NodeEffect) -> EffectDone:
         """Carries one effect out. Never raises: a failure is an EffectDone that says what went wrong."""
-        now_s = self._clock.monotonic_s()
-        if not self._breaker.admits(now_s) and not self._is_always_tried(effect, now_s):
+        if not self._breaker.lets_out(effect, self._clock.monotonic_s()):
             unsent = (
                 f"not sent: {self.node_id} left the last {self._breaker.failed_calls} calls unanswered; "
                 "one is tried now and then until it answers or reports again"
@@ -190,29 +180,15 @@ class AgentClient:
                     detail = await self._call(effect)
         except grpc.aio.AioRpcError as error:
             if error.code() not in _NO_ANSWER:
-                self._answered()
+                self._closed(self._breaker.answered())
             elif self._breaker.failed(self._clock.monotonic_s()):
                 _log.warning("agent_circuit_open", node=self.node_id, code=error.code().name, detail=error.details())
             return EffectDone(effect.effect_id, ok=False, detail=f"{error.code().name}: {error.details()}")
-        self._answered()
+        self._closed(self._breaker.answered())
         return EffectDone(effect.effect_id, ok=not detail, detail=detail)
 
-    def _is_always_tried(self, effect: NodeEffect, now_s: float) -> bool:
-        """A cap that guards a budget: nobody else lowers the power. And the clocks of a node that reports: it may do as
-        it is told and only be slow to say so; unsent, its leases would run out, or hold a clock that is too low."""
-        match effect:
-            case ApplyCaps():
-                return effect.protects
-            case ApplyClocks():
-                return not self._is_silent(now_s)
-            case _:
-                return False
-
-    def _is_silent(self, now_s: float) -> bool:
-        return now_s - self._heard_s > _SILENT_INTERVALS * self._interval_s
-
-    def _answered(self) -> None:
-        if self._breaker.answered():
+    def _closed(self, news: bool) -> None:
+        if news:
             _log.info("agent_circuit_closed", node=self.node_id)
 
     async def _call(self, effect: NodeEffect) -> str:
@@ -334,6 +310,7 @@ def _instance(instance: types.Instance, sample: pb.InstanceSample | None) -> Ins
         endpoint=instance.endpoint,
         detail=instance.detail,
         step_seconds=dict(instance.step_seconds),
+        held_by=instance.held_by,
     )
     if sample is None:
         return seen

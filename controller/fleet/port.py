@@ -65,6 +65,7 @@ class InstanceObservation:
     detail: str = ""
     # Measured seconds by step (start, warm, drain, stop), for pricing switches.
     step_seconds: Mapping[str, float] = field(default_factory=dict)
+    held_by: str = ""  # the operator whose order it obeyed last
 
     @property
     def tp(self) -> int:
@@ -77,6 +78,12 @@ class NodeObservation:
     observed_at_s: float
     gpus: tuple[GpuObservation, ...]
     instances: tuple[InstanceObservation, ...]
+    # Those that an operator has started, moved or taken down by hand: not the controller's to touch, nor their GPUs.
+    held: tuple[InstanceObservation, ...] = ()
+
+    @property
+    def held_gpus(self) -> frozenset[str]:
+        return frozenset(uuid for i in self.held if i.state in HOLDS_GPUS for uuid in i.gpu_uuids)
 
 
 @dataclass(frozen=True, slots=True)

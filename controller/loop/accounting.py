@@ -59,7 +59,8 @@ class EnergyBook:
     _last: dict[str, tuple[float, float, str, str, int, GpuState, int | None]] = field(default_factory=dict)
 
     def add(self, seen: NodeObservation) -> Iterator[EnergyEntry]:
-        holder = {uuid: instance for instance in seen.instances for uuid in instance.gpu_uuids if _holds(instance)}
+        there = (*seen.instances, *seen.held)
+        holder = {uuid: instance for instance in there for uuid in instance.gpu_uuids if _holds(instance)}
         for gpu in seen.gpus:
             if gpu.energy_j is None:
                 continue  # unknown is not zero: the next reading covers this span too
@@ -68,7 +69,7 @@ class EnergyBook:
             self._last[gpu.uuid] = (
                 seen.observed_at_s,
                 gpu.energy_j,
-                self.pool_of(instance) if instance else "",
+                self.pool_of(instance) if instance and not instance.held_by else "",
                 instance.instance_id if instance else "",
                 instance.tp if instance else 0,
                 gpu_state(instance),

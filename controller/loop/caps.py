@@ -63,7 +63,8 @@ def gpus_now(state: State, now_s: float) -> tuple[GpuPower, ...]:
             pool = state.pool_of(instance) if instance else ""
             if pool not in free:
                 free[pool] = fresh and state.mode_of(pool, node.node_id) is Mode.ACTIVE
-            need_w = state.profile.parked_w
+            # What an operator's instance needs is not known.
+            need_w = high_w if gpu.uuid in node.held_gpus else state.profile.parked_w
             if instance is not None:
                 kind = pool, instance.tp
                 if kind not in needs:

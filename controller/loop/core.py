@@ -24,7 +24,7 @@ from controller.fleet.port import (
 from controller.loop import budget, cluster, instance, modes, pool, provision, refusing
 from controller.loop.load import LoadBook
 from controller.loop.orders import CorrectProfile, NoteEngines, NotePower, Order, PlanNow, SetMode, SetPowerBudget
-from controller.loop.planning import foresee
+from controller.loop.planning import drop_from_layout, foresee, lay_out
 from controller.loop.profile_in_use import columns_of, correct, curves_of, note_engines
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant, PoolPlan, State, Turn
@@ -183,6 +183,8 @@ class Core:
             return
         if back:
             self._plan_now(turn, "node_back")
+        elif _let_go(turn, before, seen):
+            self._plan_now(turn, "operator")
         # A change of any instance's state is acted on at once, not at the next tick.
         if before is None or _changed(before, seen):
             for observed in seen.instances:
@@ -227,6 +229,22 @@ class Core:
         """A pool may call for a cluster plan at most once per pool period, or an overload would plan without end."""
         state = turn.state
         return state.last_cluster_s is None or turn.now.monotonic_s - state.last_cluster_s >= state.settings.pool_s
+
+
+def _let_go(turn: Turn, before: NodeObservation | None, seen: NodeObservation) -> bool:
+    """Has what an operator took planned elsewhere. True when that, or the GPUs that plans may use, changed."""
+    if not seen.held and (before is None or not before.held):
+        return False
+    state = turn.state
+    taken = {instance.instance_id for instance in seen.held}
+    for instance_id in taken:
+        state.draining.discard(instance_id)
+        state.clocks.pop(instance_id, None)
+    wanted = not taken.isdisjoint(state.layout.by_id())
+    if wanted:
+        drop_from_layout(state, taken)
+        lay_out(state, turn.now)
+    return wanted or seen.held_gpus != (before.held_gpus if before else frozenset())
 
 
 def _sensible(seen: NodeObservation) -> NodeObservation:

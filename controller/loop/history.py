@@ -1,4 +1,5 @@
-"""What is kept of a running fleet: energy, load and SLO rows per window, and one row per finished transition.
+"""What is kept of a running fleet: energy, load and SLO rows per window, and one row per finished transition and
+per forecast whose time has come.
 
 Fed by the runtime with the same observations as the core; gives the store's records. Pure but for what it gathers.
 """
@@ -16,7 +17,16 @@ from controller.loop.accounting import EnergyEntry
 from controller.loop.latency import ClassLatency, Histogram
 from controller.loop.load import ClassWindow, LoadWindow
 from controller.loop.state import Instant
-from controller.store.records import DecisionOutcome, LoadRow, Record, SloRow, TelemetryRow, TransitionRow
+from controller.loop.week import ForecastError
+from controller.store.records import (
+    DecisionOutcome,
+    ForecastRow,
+    LoadRow,
+    Record,
+    SloRow,
+    TelemetryRow,
+    TransitionRow,
+)
 
 _NOTHING = Histogram((), (0,))
 _EnergyKey = tuple[str, str, GpuState, str, str]
@@ -281,3 +291,36 @@ class TransitionLog:
         row = replace(self._open, duration_s=now.wall_s - self._open.started_at_s, completed=completed)
         self._open = None
         return [row]
+
+
+@dataclass(slots=True)
+class ForecastLog:
+    """Follows the forecasts that the core holds against what came: each gives one row, once its span has ended."""
+
+    term: int
+    model: str
+    _counts: dict[str, int] = field(default_factory=dict)  # by pool: how many were judged when this looked last
+
+    def judged(self, errors: Mapping[str, ForecastError], now: Instant) -> list[Record]:
+        """To be asked after each tick: a pool tick judges at most one forecast of each pool."""
+        rows: list[Record] = []
+        for pool, error in sorted(errors.items()):
+            if error.last is None or self._counts.get(pool) == error.count:
+                continue
+            self._counts[pool] = error.count
+            foreseen = error.last.foreseen
+            rows.append(
+                ForecastRow(
+                    self.term,
+                    now.wall_s - (now.monotonic_s - foreseen.from_s),
+                    foreseen.until_s - foreseen.from_s,
+                    self.model,
+                    pool,
+                    forecast_rps=foreseen.mean_rps,
+                    quantile_rps=foreseen.quantile_rps,
+                    plain_forecast_rps=foreseen.plain_mean_rps,
+                    plain_quantile_rps=foreseen.plain_quantile_rps,
+                    arrived_rps=error.last.came_rps,
+                )
+            )
+        return rows

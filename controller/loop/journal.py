@@ -223,7 +223,8 @@ def _structure(seen: NodeObservation) -> tuple[Any, ...]:
         (i.instance_id, i.model, i.pool, i.gpu_uuids, i.state, i.endpoint, i.detail, i.step_seconds)
         for i in seen.instances
     )
-    return gpus, instances
+    held = tuple((i.instance_id, i.gpu_uuids, i.state, i.held_by) for i in seen.held)
+    return gpus, instances, held
 
 
 def live_values(seen: NodeObservation) -> _Live:
@@ -241,6 +242,8 @@ def with_live(seen: NodeObservation, values: list[list[float | None]]) -> NodeOb
 def node_json(seen: NodeObservation) -> Any:
     """The whole observation but for the GPUs' readings; their power limits belong to it."""
     data = encode(NodeObservation, replace(seen, gpus=()))
+    if not seen.held:  # as nearly always
+        del data[4]
     data[2] = [
         [g.uuid, g.index, int(g.healthy)]
         + ([] if g.limit_w is None and g.limits_w is None else [g.limit_w, list(g.limits_w) if g.limits_w else None])
@@ -250,12 +253,13 @@ def node_json(seen: NodeObservation) -> Any:
 
 
 def node_from_json(data: Any) -> NodeObservation:
-    node_id, observed_at_s, gpus, instances = data
+    node_id, observed_at_s, gpus, instances, *held = data
     return NodeObservation(
         node_id,
         observed_at_s,
         tuple(_gpu(*item) for item in gpus),
         tuple(_instance(item) for item in instances),
+        tuple(_instance(item) for items in held for item in items),
     )
 
 

@@ -38,9 +38,9 @@ def set_mode(turn: Turn, order: SetMode) -> None:
         state.modes.pop(order.scope, None)
     else:
         state.modes[order.scope] = order.mode
-    # Every clock is chosen, and recorded, anew: what was chosen may never have been applied, or has expired.
+    # Every clock is chosen, and recorded, anew: what was chosen may never have been applied, or has expired. Steps that
+    # are under way stay known: their nodes carry them out whatever the mode, and what comes of them is to be seen.
     state.clocks.clear()
-    state.acting.clear()
 
 
 def may_touch(state: State, pool: str, node_id: str) -> bool:

@@ -49,6 +49,8 @@ class Demand:
     cold: bool
     # By class, where the shape of the week is known: the load that it expects over that of now.
     week_ratios: Mapping[RequestClass, float] = field(default_factory=dict)
+    # The parts as they would be without that shape.
+    plain: Mapping[RequestClass, tuple[RateForecast, ...]] = field(default_factory=dict)
 
     def pool_rps(self, state: State, pool: str, quantile: float) -> float:
         """Equivalent requests/s of a pool's own classes at the quantile."""
@@ -103,6 +105,7 @@ def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | No
     horizon_s = ahead_s(state, horizon_s)
     settings = ForecastSettings(half_life_s=state.settings.forecast_half_life_s, quantile=state.settings.quantile)
     parts: dict[RequestClass, tuple[RateForecast, ...]] = {}
+    plain: dict[RequestClass, tuple[RateForecast, ...]] = {}
     shape = {c: expected_ratio(state.week.slots, c, now.wall_s, horizon_s) for c in ALL_CLASSES}
     for windows in state.load.by_gateway(now.monotonic_s, settings.max_age_s).values():
         for request_class in ALL_CLASSES:
@@ -113,13 +116,14 @@ def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | No
             ]
             part = forecast(counted, now.monotonic_s, horizon_s, settings)
             if part is not None:
+                plain[request_class] = (*plain.get(request_class, ()), part)
                 parts[request_class] = (*parts.get(request_class, ()), raised(part, shape[request_class]))
     tokens = state.load.mean_tokens(now.monotonic_s, settings.max_age_s)
     seen_s = max((part.observed_s for seen in parts.values() for part in seen), default=0.0)
     # Silence before the first request says less than the operator's own expectation, for a while.
     expecting = bool(state.settings.initial_rps) and not state.load.any_arrived
     if parts and seen_s >= (state.settings.hold_s if expecting else state.settings.load_window_s):
-        return Demand(parts, tokens, False, {c: ratio for c, ratio in shape.items() if ratio is not None})
+        return Demand(parts, tokens, False, {c: ratio for c, ratio in shape.items() if ratio is not None}, plain)
     # The expectation makes the first plan and no later one: a restarted controller holds what it finds instead.
     if state.settings.initial_rps and not state.pools:
         return Demand(
@@ -150,13 +154,22 @@ def foresee(turn: Turn) -> None:
         return
     horizon_s = ahead_s(state, state.settings.look_ahead_s)
     for pool in awaited:
-        parts = [(1.0, part) for c in sorted(state.pools[pool].group.classes) for part in demand.parts.get(c, ())]
+        mean_rps, quantile_rps = _ahead(state, pool, demand.parts)
+        plain_mean_rps, plain_quantile_rps = _ahead(state, pool, demand.plain)
         state.foreseen[pool] = Foreseen(
-            sum(part.mean_rps for _, part in parts),
-            combine(parts, state.settings.quantile),
-            now.monotonic_s + horizon_s / 2,
-            now.monotonic_s + horizon_s,
+            mean_rps,
+            quantile_rps,
+            plain_mean_rps,
+            plain_quantile_rps,
+            from_s=now.monotonic_s + horizon_s / 2,
+            until_s=now.monotonic_s + horizon_s,
         )
+
+
+def _ahead(state: State, pool: str, by_class: Mapping[RequestClass, tuple[RateForecast, ...]]) -> tuple[float, float]:
+    """Mean and quantile of a pool's requests/s, each counting the same."""
+    parts = [(1.0, part) for c in sorted(state.pools[pool].group.classes) for part in by_class.get(c, ())]
+    return sum(part.mean_rps for _, part in parts), combine(parts, state.settings.quantile)
 
 
 def build_problem(

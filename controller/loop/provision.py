@@ -147,18 +147,19 @@ def _note_empty(state: State, now_s: float) -> None:
     busy = {planned.node_id for planned in state.layout.instances} | {step.node_id for step in state.acting.values()}
     for node in state.nodes.values():
         held = any(instance.state in HOLDS_GPUS for instance in node.instances)
-        if held or node.node_id in busy:
+        if held or node.held_gpus or node.node_id in busy:
             state.empty_since_s.pop(node.node_id, None)
         else:
             state.empty_since_s.setdefault(node.node_id, now_s)
 
 
 def _needed(turn: Turn, demand: Demand) -> int:
-    """GPUs that run or are planned, or that the forecast asks for, whichever is more."""
+    """GPUs that run or are planned, or that the forecast asks for, whichever is more; and those in use by hand."""
     state = turn.state
     held = sum(instance.tp for _, instance in state.instances().values() if instance.state in HOLDS_GPUS)
     planned = sum(planned.tp for planned in state.layout.instances)
-    return max(held, planned, ceil(needed_gpus(state, turn.now, demand, sorted(state.pools))))
+    by_hand = sum(len(node.held_gpus) for node in state.nodes.values())
+    return by_hand + max(held, planned, ceil(needed_gpus(state, turn.now, demand, sorted(state.pools))))
 
 
 def _unserved(state: State) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import floor
 from typing import Any, Protocol
@@ -57,7 +57,8 @@ from controller.fleet.port import (
 )
 from controller.fleet.provisioner import PowerHook
 from controller.loop.accounting import EnergyBook
-from controller.loop.history import OutcomeBook, TransitionLog, WindowBook
+from controller.loop.failing import FailingCalls, News
+from controller.loop.history import ForecastLog, OutcomeBook, TransitionLog, WindowBook
 from controller.loop.journal import JournaledCore
 from controller.loop.latency import ClassLatency, LatencyBook
 from controller.loop.load import LoadBook
@@ -145,16 +146,23 @@ class Runtime:
         self._noted: dict[str, int] = {}  # nodes in the history, with the GPUs they had
         self._reports = LoadBook(keep_s=telemetry_window_s)
         self._transitions = TransitionLog(term, settings.model)
+        self._forecasts = ForecastLog(term, settings.model)
         self._scheduler = AsyncIOScheduler()
         self._solver = solver or Solver()
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_said: dict[Level, str] = {}
         self._last_asked: dict[tuple[str, str], tuple[ClockTarget | CapTarget, ...]] = {}
+        self._failing = FailingCalls()
         self.missed_ticks = 0
 
     @property
     def state(self) -> State:
         return self._core.state
+
+    @property
+    def failed_actions(self) -> Mapping[tuple[str, str], int]:
+        """How many calls have failed, by node and kind."""
+        return dict(self._failing.counts)
 
     def sink(self, event: Event) -> None:
         """Takes an observation from within the event loop."""
@@ -314,6 +322,7 @@ class Runtime:
             self._write(self._transitions.settled(self._now()))
         self._write(self._windows.close_due(self._now()))
         self._write(self._outcomes.close_due(self._now()))
+        self._write(self._forecasts.judged(self.state.forecast_errors, self._now()))
         now_s, state = self._clock.monotonic_s(), self.state
         correction = self._measured.close_due(now_s, state.corrections, frozenset(state.drifted))
         if correction is not None:
@@ -380,14 +389,18 @@ class Runtime:
         if self._keeper is not None and not done.ok and "no longer the leader" in done.detail:
             self._keeper.superseded()
         self.sink(done)
-        if done.ok and isinstance(effect, ApplyClocks | ApplyCaps):
-            kind = type(effect).__name__, effect.node_id
-            if self._last_asked.get(kind) == effect.targets and not getattr(effect, "protects", False):
-                return  # a mere renewal: history keeps changes
-            self._last_asked[kind] = effect.targets
+        kind = _KINDS[type(effect)].value
+        news = self._failing.ended(effect.node_id, kind, done.ok, done.detail)
+        if news is News.FAILS:
+            _log.warning("effect_failed", kind=kind, node=effect.node_id, detail=done.detail)
+        elif news is News.GOES_AGAIN:
+            _log.info("effect_goes_again", kind=kind, node=effect.node_id)
+        if isinstance(effect, ApplyClocks | ApplyCaps):
+            same = self._last_asked.get((kind, effect.node_id)) == effect.targets
+            self._last_asked[kind, effect.node_id] = effect.targets
+            if same and news is News.NONE and not getattr(effect, "protects", False):
+                return  # a mere renewal, or one that fails as the one before did: history keeps changes
         self._write([_action(self.state.term, effect, done, started_at_s, time.monotonic() - started)])
-        if not done.ok:
-            _log.warning("effect_failed", kind=_KINDS[type(effect)].value, node=effect.node_id, detail=done.detail)
 
     def _write(self, records: Iterable[Record]) -> None:
         for record in records:

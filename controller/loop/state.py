@@ -245,7 +245,8 @@ class State:
         return bool(self.nodes) and (known >= self.expected_nodes or waited_s > self.settings.lost_s)
 
     def placeable_nodes(self, now_s: float) -> tuple[Node, ...]:
-        """Nodes that are not lost, as placement sees them; quarantined and unhealthy GPUs are not usable."""
+        """Nodes that are not lost, as placement sees them; quarantined GPUs, unhealthy ones and those that an operator
+        uses by hand are not usable."""
         nodes = []
         for node in sorted(self.nodes.values(), key=lambda node: node.node_id):
             if self.is_lost(node.node_id, now_s) or not self.is_on(node.node_id):
@@ -255,7 +256,7 @@ class State:
                 for instance in node.instances
                 if instance.state is InstanceState.QUARANTINED
                 for uuid in instance.gpu_uuids
-            }
+            } | node.held_gpus
             refusing = self.refusing.get(node.node_id)
             if f"{NODE_PREFIX}{node.node_id}" in self.modes or (refusing is not None and now_s < refusing.until_s):
                 # Nothing new is begun there.

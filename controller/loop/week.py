@@ -65,12 +65,22 @@ class WeekBook:
 
 @dataclass(frozen=True, slots=True)
 class Foreseen:
-    """What was forecast of a pool's classes for a span that has not ended yet, in requests/s."""
+    """What was forecast of a pool's classes for a span, in requests/s; `plain` is without the shape of the week."""
 
     mean_rps: float
     quantile_rps: float
+    plain_mean_rps: float
+    plain_quantile_rps: float
     from_s: float  # monotonic
     until_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A forecast whose span has ended, and what came in it."""
+
+    foreseen: Foreseen
+    came_rps: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,7 @@ class ForecastError:
     off_rps: float  # distance from the mean, either way
     came_rps: float
     above: float  # share of spans with more load than the quantile
+    last: Judged | None = None  # the newest of them
 
     @property
     def ratio(self) -> float | None:
@@ -102,14 +113,15 @@ def came_rps(state: State, classes: frozenset[RequestClass], now_s: float, fores
 
 def judged(past: ForecastError | None, foreseen: Foreseen, came: float) -> ForecastError:
     """The error with one more forecast in it."""
-    seen = (abs(came - foreseen.mean_rps), came, float(came > foreseen.quantile_rps))
+    off, above, last = abs(came - foreseen.mean_rps), float(came > foreseen.quantile_rps), Judged(foreseen, came)
     if past is None:
-        return ForecastError(1, *seen)
+        return ForecastError(1, off, came, above, last)
     share = max(1 / REMEMBERED, 1 / (past.count + 1))
-    means = (past.off_rps, past.came_rps, past.above)
-    return ForecastError(
-        past.count + 1, *((1 - share) * mean + share * new for mean, new in zip(means, seen, strict=True))
+    off_rps, came_rps, above_share = (
+        (1 - share) * mean + share * new
+        for mean, new in ((past.off_rps, off), (past.came_rps, came), (past.above, above))
     )
+    return ForecastError(past.count + 1, off_rps, came_rps, above_share, last)
 
 
 def hold_against(state: State, now_s: float) -> None:

@@ -24,6 +24,7 @@ from controller.store.records import (
     ActionRecord,
     ChoiceRecord,
     DecisionOutcome,
+    ForecastRow,
     InputFrame,
     InputSnapshot,
     LoadRow,
@@ -144,6 +145,9 @@ def _to_row(record: Record) -> Row:
                     "token_gap_p99_ms": record.token_gap_p99_ms,
                 },
             )
+        case ForecastRow():
+            values = asdict(record)
+            return Row("forecasts", {**values, "window_start": values.pop("window_start_s")})
         case TransitionRow():
             return Row(
                 "transitions",

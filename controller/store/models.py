@@ -204,6 +204,25 @@ class SloMinuteModel(Base):
     token_gap_p99_ms: Mapped[float | None]
 
 
+class ForecastModel(Base):
+    """What was forecast of a pool's load for a span, and what came in it; written when it has ended."""
+
+    __tablename__ = "forecasts"
+    __table_args__ = (UniqueConstraint("term", "window_start", "model", "pool"), Index(None, "window_start"))
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True, autoincrement=True)
+    term: Mapped[int] = mapped_column(BigInteger)
+    window_start: Mapped[float] = mapped_column(UtcSeconds)
+    window_s: Mapped[float]
+    model: Mapped[str] = mapped_column(Name)
+    pool: Mapped[str] = mapped_column(Name)
+    forecast_rps: Mapped[float]
+    quantile_rps: Mapped[float]
+    plain_forecast_rps: Mapped[float]
+    plain_quantile_rps: Mapped[float]
+    arrived_rps: Mapped[float]
+
+
 class TransitionModel(Base):
     """Ways from one layout to another that have ended."""
 

@@ -133,6 +133,26 @@ class SloRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ForecastRow:
+    """A forecast whose span has ended, beside what came. Unique by (term, window start, model, pool).
+
+    In requests/s as they arrive, of all classes of the pool. It was made one such span before it began. `plain` is what
+    it would have been without the weekly template.
+    """
+
+    term: int
+    window_start_s: float
+    window_s: float
+    model: str
+    pool: str
+    forecast_rps: float
+    quantile_rps: float
+    plain_forecast_rps: float
+    plain_quantile_rps: float
+    arrived_rps: float
+
+
+@dataclass(frozen=True, slots=True)
 class TransitionRow:
     """One finished way from a layout to another. (term, transition_id) is unique."""
 
@@ -277,6 +297,7 @@ Record = (
     | TelemetryRow
     | LoadRow
     | SloRow
+    | ForecastRow
     | TransitionRow
     | PlanRecord
     | NodeRecord

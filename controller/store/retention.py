@@ -35,6 +35,7 @@ AGE_COLUMN: Mapping[str, str] = {
     "telemetry_minute": "window_start",
     "load_minute": "window_start",
     "slo_minute": "window_start",
+    "forecasts": "window_start",
     "transitions": "started_at",
     "plans": "planned_at",
     "input_frames": "ended_at",

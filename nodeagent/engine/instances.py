@@ -63,7 +63,7 @@ class Instances:
 
     # Requests
 
-    async def start(self, spec: Spec, reason: str) -> InstanceView:
+    async def start(self, spec: Spec, reason: str, held_by: str = "") -> InstanceView:
         """Launches an instance; the same spec again returns what is there. Raises Refused."""
         check_spec(spec)
         async with self._claiming:
@@ -73,26 +73,36 @@ class Instances:
                     return self._book.view(known)
                 raise AlreadyExists(f"{spec.instance_id!r} is {known.state.value} with another specification")
             await self._require_free(spec.gpu_uuids, None)
-            blank = Record(spec, State.STARTING, reason or "starting", self._boot_id, "", 0, "", self._book.now_s())
+            blank = Record(
+                spec,
+                State.STARTING,
+                reason or "starting",
+                self._boot_id,
+                "",
+                0,
+                "",
+                self._book.now_s(),
+                held_by=held_by,
+            )
             self._book.put_first(self._steps.fresh(blank))
             log.info("instance starts", instance=spec.instance_id, model=spec.model, reason=reason)
             await self._steps.launch(spec.instance_id)
             self._steps.carry(spec.instance_id)
         return self._view(spec.instance_id)
 
-    def drain(self, instance_id: str, reason: str) -> InstanceView:
+    def drain(self, instance_id: str, reason: str, held_by: str = "") -> InstanceView:
         """Begins a drain; one that is under way or done is left alone. Raises Refused."""
         record = self._book.known(instance_id)
         if record.state is State.READY:
             log.info("instance drains", instance=instance_id, reason=reason)
-            self._book.move(instance_id, Event.DRAIN, reason or "draining")
+            self._book.move(instance_id, Event.DRAIN, reason or "draining", held_by=held_by)
             self._steps.carry(instance_id)
         elif record.state is not State.DRAINING:
             hint = "; it serves nothing, so stop it instead" if record.state in RUNNING else ""
             raise Precondition(f"{instance_id!r} is {record.state.value}{hint}")
         return self._view(instance_id)
 
-    async def stop(self, instance_id: str, force: bool, reason: str) -> InstanceView:
+    async def stop(self, instance_id: str, force: bool, reason: str, held_by: str = "") -> InstanceView:
         """Begins to stop a drained instance, or with `force` any; ends a restart. Raises Refused."""
         record = self._book.known(instance_id)
         if record.state in (State.READY, State.DRAINING) and not force:
@@ -105,12 +115,12 @@ class Instances:
             self._book.put(record.but(restart=None, detail=reason or "stopping"))
         if record.state is not State.STOPPING:
             log.info("instance stops", instance=instance_id, reason=reason, force=force)
-            self._book.move(instance_id, Event.STOP, reason or "stopping")
+            self._book.move(instance_id, Event.STOP, reason or "stopping", held_by=held_by)
             self._steps.carry(instance_id)
         return self._view(instance_id)
 
     async def restart(
-        self, instance_id: str, gpu_uuids: tuple[str, ...], drain_deadline_s: float, reason: str
+        self, instance_id: str, gpu_uuids: tuple[str, ...], drain_deadline_s: float, reason: str, held_by: str = ""
     ) -> tuple[InstanceView, str]:
         """Begins a restart on these GPUs; the same again returns what is under way. Returns its transaction's id too.
 
@@ -140,7 +150,7 @@ class Instances:
                 if record.state is State.READY
                 else record.but(detail=detail)
             )
-            self._book.put_first(begun.but(restart=restart))
+            self._book.put_first(begun.but(restart=restart, held_by=held_by))
             log.info(
                 "restart begins",
                 instance=instance_id,
@@ -153,7 +163,7 @@ class Instances:
             self._steps.carry(instance_id)
         return self._view(instance_id), restart.transaction_id
 
-    async def sleep(self, instance_id: str, reason: str) -> InstanceView:
+    async def sleep(self, instance_id: str, reason: str, held_by: str = "") -> InstanceView:
         """Begins to put a drained instance to sleep; one that sleeps is left alone. Raises Refused."""
         async with self._claiming:
             record = self._book.known(instance_id)
@@ -167,12 +177,12 @@ class Instances:
             nap = await self._naps.prepare_sleep(record)
             if self._book.known(instance_id) is not record:
                 raise Precondition(f"{instance_id!r} changed meanwhile; look at it and ask again")
-            self._book.put_first(record.but(nap=nap, detail=f"falling asleep; {reason}"))
+            self._book.put_first(record.but(nap=nap, held_by=held_by, detail=f"falling asleep; {reason}"))
             log.info("instance goes to sleep", instance=instance_id, reason=reason)
             self._steps.carry(instance_id)
         return self._view(instance_id)
 
-    async def wake(self, instance_id: str, reason: str) -> InstanceView:
+    async def wake(self, instance_id: str, reason: str, held_by: str = "") -> InstanceView:
         """Begins to wake an instance up; one that is awake is left alone. Raises Refused."""
         async with self._claiming:
             record = self._book.known(instance_id)
@@ -185,7 +195,8 @@ class Instances:
                 raise Precondition(f"{instance_id!r} changed meanwhile; look at it and ask again")
             waking = record.nap.but(phase=NapPhase.WAKING)
             detail = f"waking up; {reason}"
-            self._book.put_first(self._book.moved(instance_id, Event.WAKE, detail, nap=waking, drained=False))
+            woken = self._book.moved(instance_id, Event.WAKE, detail, nap=waking, drained=False, held_by=held_by)
+            self._book.put_first(woken)
             log.info("instance wakes up", instance=instance_id, reason=reason)
             self._steps.carry(instance_id)
         return self._view(instance_id)

@@ -115,6 +115,8 @@ class Record:
     """Who computes for it since it is ready. The death of one is the death of the instance."""
     restart: Restart | None = None
     nap: Nap | None = None
+    held_by: str = ""
+    """The operator whose order it obeyed last; empty for a controller's."""
 
     @property
     def gpus(self) -> frozenset[str]:

@@ -27,6 +27,7 @@ from controller.fleet.port import (
     NodeEffect,
     ReleaseClocks,
 )
+from controller.loop.failing import UNSENT
 from dynamollm.v1 import node_agent_pb2 as pb
 from dynamollm.v1 import node_agent_pb2_grpc as rpc
 from tests.many_agents import Agent
@@ -140,6 +141,7 @@ async def test_an_agent_that_hangs_is_not_waited_for_until_a_trial_is_answered(s
     assert {done.detail for done in refused} == {
         "not sent: node-0 left the last 3 calls unanswered; one is tried now and then until it answers or reports again"
     }
+    assert all(done.detail.startswith(UNSENT) for done in refused), "as the runtime tells them from failures"
     assert scene.agent.calls == calls  # nothing was sent, so nobody has waited
 
     scene.clock.advance(DEADLINE_S)

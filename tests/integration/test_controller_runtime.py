@@ -25,10 +25,15 @@ from controller.domain.reasons import Level, Mode
 from controller.store.engine import open_engine
 from controller.store.repositories import count_decisions, list_orders
 from dynamollm.v1 import controller_pb2 as pb
+from dynamollm.v1 import node_agent_pb2 as agent_pb
+from dynamollm.v1 import node_agent_pb2_grpc as agent_rpc
+from dynamollm.v1 import types_pb2 as types
+from simulator.demo.fleet import MODEL
 from tests.controllerrig import Controller, ControllerRig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
+READY = types.INSTANCE_STATE_READY
 PAGE = (Path(__file__).parents[2] / "docs" / "grpc.md").read_text(encoding="utf-8")
 CALLS = [
     line.removeprefix("$ ")
@@ -182,6 +187,45 @@ def test_the_commands_for_people(ran: Ran) -> None:
     assert "What it predicted:" in explained
     assert ran.cli("decision", "explain", "1", "--database-url", ran.rig.database_url) == explained
     assert "no decision 999999" in ran.cli("decision", "explain", "999999", *at, ok=(2,))
+
+
+def test_what_an_operator_does_by_hand_is_respected_and_shown(ran: Ran) -> None:
+    rig, host = ran.rig, ran.rig.fleet.hosts[0]
+    rig.wait(lambda: rig.ready(ran.controller), 30, "an instance is ready")
+
+    def states() -> dict[str, tuple[types.InstanceState.ValueType, str]]:
+        return {i.spec.instance_id: (i.state, i.held_by) for i in rig.instances()}
+
+    def drift() -> str:
+        status = ran.controller.status()
+        return status.last_sentences.get("drift", "") if status is not None else ""
+
+    with grpc.insecure_channel(host.agent) as channel:
+        agent = agent_rpc.NodeAgentStub(channel)
+        ours = next(i for i in agent.ListInstances(agent_pb.ListInstancesRequest()).instances if i.state == READY)
+        in_use = {u for i in rig.instances() if i.state != types.INSTANCE_STATE_STOPPED for u in i.spec.gpu_uuids}
+        free = [gpu.uuid for gpu in agent.GetNode(agent_pb.GetNodeRequest()).gpus if gpu.uuid not in in_use]
+        spec = types.InstanceSpec(instance_id="by-hand", model=MODEL, gpu_uuids=free[:2], labels={"pool": "short"})
+        asked = {"owner": types.Owner(kind=types.OWNER_KIND_OPERATOR, name="ada"), "reason": "a trial"}
+        agent.StartInstance(agent_pb.StartInstanceRequest(request_id="hand-1", spec=spec, **asked))
+        rig.wait(lambda: "by-hand on host-1 is ada's (ready)" in drift(), 60, "it is shown")
+        mine = ours.spec.instance_id
+        agent.DrainInstance(agent_pb.DrainInstanceRequest(request_id="hand-2", instance_id=mine, **asked))
+
+        def replaced() -> bool:
+            now = states()
+            others = [name for name, (state, by) in now.items() if state == READY and not by]
+            return bool(others) and mine not in others and rig.ready(ran.controller) == len(others)
+
+        rig.wait(replaced, 60, "another serves in its place")
+        time.sleep(6)  # past a pool tick
+        now = states()
+        assert (now["by-hand"], now[mine]) == ((READY, "ada"), (types.INSTANCE_STATE_DRAINING, "ada"))
+        for number, name in enumerate(("by-hand", mine)):
+            agent.StopInstance(
+                agent_pb.StopInstanceRequest(request_id=f"hand-3{number}", instance_id=name, force=True, **asked)
+            )
+        rig.wait(lambda: drift() == "", 30, "its GPUs are the controller's again")
 
 
 def test_every_decision_of_both_lives_is_made_again_to_the_byte(ran: Ran) -> None:

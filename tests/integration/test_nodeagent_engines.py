@@ -171,6 +171,23 @@ def test_starting_is_idempotent_and_gpus_have_one_owner(host: NodeHost) -> None:
     assert host.launch("a", [2, 3]).state == STARTING  # an ended instance's id is free again
 
 
+def test_whose_order_an_instance_obeyed_last_is_told_and_kept(host: NodeHost) -> None:
+    ada = types.Owner(kind=types.OWNER_KIND_OPERATOR, name="ada")
+    assert host.launch("a", [0, 1]).held_by == ""
+    spec = types.InstanceSpec(instance_id="b", model=MODEL, gpu_uuids=host.uuids[2:4])
+    start = pb.StartInstanceRequest(request_id=host.request_id(), spec=spec, owner=ada, reason="a trial")
+    assert host.stub.StartInstance(start, timeout=10).instance.held_by == "ada"
+    host.wait_state("a", READY)
+    drain = pb.DrainInstanceRequest(request_id=host.request_id(), instance_id="a", owner=ada, reason="a trial")
+    assert host.stub.DrainInstance(drain, timeout=10).instance.held_by == "ada"
+    host.kill()
+    host.start()
+    assert {name: host.instance(name).held_by for name in ("a", "b")} == {"a": "ada", "b": "ada"}
+    # A controller's next order makes it the controller's again.
+    host.stop("b", force=True)
+    assert host.instance("b").held_by == ""
+
+
 def test_no_request_is_lost_to_a_drain(host: NodeHost) -> None:
     host.launch("a", [0, 1])
     endpoint = host.wait_state("a", READY).endpoint

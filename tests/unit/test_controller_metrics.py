@@ -81,7 +81,10 @@ def page() -> str:
     core.state.forecast_errors["short"] = ForecastError(12, 0.3, 2.0, 0.25)
     counts_now = RecorderCounts(recorded=10, spooled=2, refused=1, spool_bytes=300, database_ok=False)
     circuits_open = {"node-1": False, "node-9": True}
-    metrics = ControllerMetrics(core.state, lambda: counts_now, lambda: 1, lambda: 21.0, lambda: circuits_open)
+    failed = {("node-9", "apply_clocks"): 7}
+    metrics = ControllerMetrics(
+        core.state, lambda: counts_now, lambda: 1, lambda: 21.0, lambda: circuits_open, lambda: failed
+    )
     metrics.decided(decision(1, level=Level.POOL, reason=Reason.PLAN_KEPT))
     metrics.ticked(Level.INSTANCE, 0.004)
     registry = CollectorRegistry(auto_describe=False)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controller.fleet.breaker import FAILED_CALLS, Breaker, Circuit
+from controller.fleet.breaker import FAILED_CALLS, Breaker, Circuit, breaker_of
+from controller.fleet.port import ApplyCaps, ApplyClocks, CapTarget, ClockTarget, StopInstance
 
-FIRST_S, MOST_S = 4.0, 32.0
+FIRST_S, MOST_S, SILENT_S = 4.0, 32.0, 3.0
 
 
 def breaker(chance: float = 1.0) -> Breaker:
     """With a chance of 1 it stays open for the whole time."""
-    return Breaker(FIRST_S, MOST_S, lambda: chance)
+    return Breaker(FIRST_S, MOST_S, SILENT_S, lambda: chance)
 
 
 def opened(chance: float = 1.0) -> Breaker:
@@ -88,6 +91,47 @@ def test_a_trial_whose_end_is_never_told_does_not_keep_the_agent_out() -> None:
     assert open_for_s(made, FIRST_S) == MOST_S
 
 
+CLOCKS = ApplyClocks("e", "n", (ClockTarget(("g",), 1200),), 20.0, "a test")
+CAPS = ApplyCaps("e", "n", (CapTarget(("g",), 400.0),), 20.0, "a test")
+STOP = StopInstance("e", "n", "i", "a test")
+
+
+def let_out(made: Breaker, now_s: float) -> list[bool]:
+    """Of a clock, a cap that guards a budget, one that only saves, and a stop."""
+    return [made.lets_out(effect, now_s) for effect in (CLOCKS, CAPS, replace(CAPS, protects=False), STOP)]
+
+
+def test_what_guards_a_budget_is_always_tried_and_clocks_while_the_node_reports() -> None:
+    made = opened()
+    assert let_out(made, 1.0) == [False, True, False, False], "it was never heard"
+    made.heard(1.0)
+    assert let_out(breaker(), 1.0) == [True] * 4
+    for _ in range(FAILED_CALLS):
+        made.failed(1.0)
+    assert let_out(made, 1.0 + SILENT_S) == [True, True, False, False]
+    assert let_out(made, 1.1 + SILENT_S) == [False, True, False, False]
+
+
+def test_samples_close_it_after_a_silence_alone() -> None:
+    made = breaker()
+    assert not made.heard(0.0), "nothing was open"
+    for _ in range(FAILED_CALLS):
+        made.failed(0.0)
+    assert [made.heard(at_s) for at_s in (1.0, 2.0, 2.0 + SILENT_S)] == [False] * 3
+    assert made.is_open
+    assert made.heard(2.1 + 2 * SILENT_S)
+    assert not made.is_open
+    for _ in range(FAILED_CALLS):
+        made.failed(10.0)
+    made.stream_lost()
+    assert made.heard(10.1), "one that comes back is heard again, however soon"
+
+
+def test_an_agents_breaker_waits_for_its_deadlines_and_its_samples() -> None:
+    made = breaker_of(deadline_s=4.0, interval_s=1.0, chance=lambda: 1.0)
+    assert (made.first_s, made.most_s, made.silent_s) == (FIRST_S, MOST_S, SILENT_S)
+
+
 STEPS = st.lists(st.tuples(st.sampled_from(("ask", "fail", "answer")), st.floats(0, 20), st.floats(0, 1)), max_size=60)
 
 
@@ -96,7 +140,7 @@ def test_whatever_happens_no_agent_is_left_alone_for_longer_than_the_bound(
     steps: list[tuple[str, float, float]],
 ) -> None:
     chances = [chance for _, _, chance in steps]
-    made, now_s, in_a_row = Breaker(FIRST_S, MOST_S, lambda: chances.pop()), 0.0, 0
+    made, now_s, in_a_row = Breaker(FIRST_S, MOST_S, SILENT_S, lambda: chances.pop()), 0.0, 0
     for what, after_s, _ in steps:
         now_s += after_s
         if what == "ask":

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from controller.api.figures import drift_line
 from controller.domain.classes import RequestClass
 from controller.domain.reasons import Level, Mode, Reason
 from controller.fleet.port import (
@@ -30,6 +31,7 @@ from controller.fleet.port import (
     ReleaseClocks,
     Solve,
     StartInstance,
+    StopInstance,
     Tick,
 )
 from controller.loop.core import Core, Step
@@ -70,9 +72,15 @@ class Bench:
                 effects += self.send(EffectDone(effect.effect_id, True, solution=plan_for(effect.problem)))
         return effects
 
-    def see(self, node: str, *instances: InstanceObservation, gpus: int = 8) -> list[Effect]:
+    def see(
+        self,
+        node: str,
+        *instances: InstanceObservation,
+        gpus: int = 8,
+        held: tuple[InstanceObservation, ...] = (),
+    ) -> list[Effect]:
         seen = tuple(GpuObservation(f"{node}-{i}", i, True, 72.0, 0.0, 345, None) for i in range(gpus))
-        return self.send(NodeSeen(NodeObservation(node, self.now_s, seen, instances)))
+        return self.send(NodeSeen(NodeObservation(node, self.now_s, seen, instances, held)))
 
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
@@ -288,6 +296,71 @@ def test_a_lost_node_is_planned_around() -> None:
     again = starts(bench.send(Tick(Level.INSTANCE)))
     assert again
     assert {effect.node_id for effect in again} == {other}
+
+
+def by_hand(uuids: tuple[str, ...], state: InstanceState, instance_id: str = "mine") -> InstanceObservation:
+    return InstanceObservation(instance_id, MODEL, "", uuids, state, "http://mine", 3.0, held_by="ada")
+
+
+def uses(effects: list[Effect]) -> set[str]:
+    """GPUs that effects touch, and the instances."""
+    found: set[str] = set()
+    for effect in effects:
+        match effect:
+            case ApplyClocks():
+                found |= {uuid for target in effect.targets for uuid in target.gpu_uuids}
+            case ReleaseClocks():
+                found |= set(effect.gpu_uuids)
+            case StartInstance():
+                found |= {effect.instance_id, *effect.gpu_uuids}
+            case DrainInstance() | StopInstance():
+                found.add(effect.instance_id)
+            case PublishRouting():
+                found |= {i.instance_id for pool in effect.table.pools for i in pool.instances}
+    return found
+
+
+def test_what_an_operator_started_is_left_alone_and_its_gpus_with_it() -> None:
+    bench = make(nodes=1, initial_rps={MS: 1.0})
+    mine = by_hand(("a-0", "a-1", "a-2", "a-3"), InstanceState.READY)
+    bench.see("a", held=(mine,))
+    effects = bench.send(Tick(Level.INSTANCE))
+    started = starts(effects)
+    assert started
+    assert {"a-0", "a-1", "a-2", "a-3", "mine"}.isdisjoint(uses(effects))
+    up = [ready(effect) for effect in started]
+    for _ in range(3):
+        bench.wait(5)
+        effects = bench.see("a", *up, held=(mine,)) + bench.send(Tick(Level.INSTANCE))
+        assert {"a-0", "a-1", "a-2", "a-3", "mine"}.isdisjoint(uses(effects))
+    assert "mine on a is ada's (ready): left alone" in drift_line(bench.core.state, bench.now_s)
+    # What has stopped holds nothing.
+    bench.wait(5)
+    bench.see("a", *up, held=(replace(mine, state=InstanceState.STOPPED),))
+    assert "mine" not in drift_line(bench.core.state, bench.now_s)
+    assert bench.core.state.usable_gpus(bench.now_s) == 8
+
+
+@pytest.mark.parametrize("state", [InstanceState.DRAINING, InstanceState.STOPPED])
+def test_what_an_operator_takes_down_is_planned_elsewhere(state: InstanceState) -> None:
+    bench = make(nodes=2, initial_rps={MS: 1.0})
+    bench.see("a")
+    bench.see("b")
+    up = {effect.instance_id: (effect.node_id, ready(effect)) for effect in starts(bench.send(Tick(Level.INSTANCE)))}
+    taken, (node, one) = next(iter(up.items()))
+    others = [instance for where, instance in up.values() if where == node and instance is not one]
+    bench.wait(5)
+    bench.see("b" if node == "a" else "a", *(instance for where, instance in up.values() if where != node))
+    bench.see(node, one, *others)
+    bench.send(Tick(Level.INSTANCE))
+    bench.wait(5)
+    effects = bench.see(node, *others, held=(replace(one, state=state, held_by="ada"),))
+    effects += bench.send(Tick(Level.INSTANCE))
+    assert taken not in uses(effects)
+    again = starts(effects)
+    assert [effect.pool for effect in again] == [one.pool]
+    if state is InstanceState.DRAINING:
+        assert set(one.gpu_uuids).isdisjoint(again[0].gpu_uuids)
 
 
 @pytest.mark.parametrize("mode", [Mode.ADVISORY, Mode.PAUSED])

@@ -8,11 +8,12 @@ from controller.domain.classes import RequestClass
 from controller.domain.gpu_state import GpuState
 from controller.domain.reasons import Level
 from controller.loop.accounting import EnergyEntry
-from controller.loop.history import OutcomeBook, WindowBook
+from controller.loop.history import ForecastLog, OutcomeBook, WindowBook
 from controller.loop.latency import ClassLatency, Histogram, LatencyBook
 from controller.loop.load import ClassWindow, LoadWindow
 from controller.loop.state import Instant
-from controller.store.records import DecisionOutcome, SloRow
+from controller.loop.week import Foreseen, judged
+from controller.store.records import DecisionOutcome, ForecastRow, SloRow
 from tests.store_suite import decision
 
 MS, LM = RequestClass.parse("MS"), RequestClass.parse("LM")
@@ -102,3 +103,15 @@ def test_the_window_rows_carry_the_latency() -> None:
     book.add_load(LoadWindow("g", 90, 30, {MS: ClassWindow(1, 1, 0, 1, 0, 0)}))
     later = [row for row in book.close_due(at(121)) if isinstance(row, SloRow)]
     assert later[0].ttft_p99_ms is None, "each window has its own"
+
+
+def test_a_forecast_is_written_once_when_its_span_has_ended_at_the_time_it_was_of() -> None:
+    book = ForecastLog(term=3, model="m")
+    foreseen = Foreseen(2.5, 3.5, 2.0, 3.0, from_s=100.0, until_s=220.0)
+    assert book.judged({}, at(240)) == []
+    error = judged(None, foreseen, 4.0)
+    row = ForecastRow(3, 1e9 + 100, 120.0, "m", "long", 2.5, 3.5, 2.0, 3.0, 4.0)
+    assert book.judged({"long": error}, at(240)) == [row]
+    assert book.judged({"long": error}, at(245)) == []
+    # The same again is another forecast.
+    assert book.judged({"long": judged(error, foreseen, 4.0)}, at(250)) == [row]

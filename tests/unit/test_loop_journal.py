@@ -40,7 +40,10 @@ from controller.loop.journal import (
     JournaledCore,
     load_from_line,
     load_line,
+    node_from_json,
+    node_json,
     recover_open_frame,
+    same_structure,
 )
 from controller.loop.orders import Order, PlanNow, SetMode
 from controller.loop.runtime import coarse
@@ -375,3 +378,15 @@ def test_values_of_annotated_types_survive() -> None:
 def test_an_observation_keeps_what_decisions_read() -> None:
     instance = InstanceObservation("i", "m", "p", ("g",), InstanceState.READY, "http://x", 1.0, 0.0, 0.25)
     assert decode(InstanceObservation, json.loads(json.dumps(encode(InstanceObservation, instance)))) == instance
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_what_an_operator_holds_is_in_the_journal(count: int) -> None:
+    held = tuple(
+        InstanceObservation(f"h{i}", "m", "", (f"g{i}",), InstanceState.READY, "http://x", held_by="ada")
+        for i in range(count)
+    )
+    seen = NodeObservation("n", 1.0, (), (), held)
+    assert node_from_json(json.loads(json.dumps(node_json(seen)))) == seen
+    assert same_structure(seen, seen)
+    assert same_structure(seen, replace(seen, held=())) == (count == 0)

@@ -11,6 +11,7 @@ from controller.domain.decision import Decision
 from controller.domain.reasons import Level, Mode
 from controller.fleet.port import (
     ApplyClocks,
+    ClassCounters,
     DrainInstance,
     Effect,
     EffectDone,
@@ -18,6 +19,8 @@ from controller.fleet.port import (
     GpuObservation,
     InstanceObservation,
     InstanceState,
+    LoadObservation,
+    LoadSeen,
     NodeObservation,
     NodeSeen,
     PublishRouting,
@@ -40,6 +43,7 @@ from simulator.traces import generate
 from tests.synthetic_profile import MODEL, synthetic_profile
 from tests.unit.test_loop_journal import PROFILE, SETTINGS, Ordered
 
+MS = RequestClass.parse("MS")
 TOUCHING = (ApplyClocks, ReleaseClocks, StartInstance, DrainInstance, StopInstance)
 
 
@@ -172,6 +176,64 @@ def test_advisory_predicts_again_and_again_against_what_really_runs() -> None:
     up = {InstanceState.STARTING, InstanceState.WARMING, InstanceState.READY}
     standing = {i.instance_id for seen in result.observations[-2:] for i in seen.instances if i.state in up}
     assert {i.instance_id for i in core.state.layout.instances} == standing
+
+
+def starting() -> tuple[Bench, StartInstance]:
+    """A fleet whose only start is under way."""
+    bench = Bench(nodes=1)
+    bench.see("a")
+    bench.instances["a"] = ()
+    (start,) = [effect for effect in bench.send(Tick(Level.INSTANCE)) if isinstance(effect, StartInstance)]
+    return bench, start
+
+
+# Of something else, of the thing itself and back, and of all.
+ORDERS = (
+    (SetMode("node:b", Mode.PAUSED),),
+    (SetMode("node:a", Mode.PAUSED), SetMode("node:a", Mode.ACTIVE)),
+    (SetMode("cluster", Mode.ADVISORY), SetMode("cluster", Mode.ACTIVE)),
+)
+
+
+@pytest.mark.parametrize("orders", ORDERS)
+def test_a_start_that_is_under_way_is_not_sent_again_whoever_orders_what(orders: tuple[SetMode, ...]) -> None:
+    bench, _ = starting()
+    for given in orders:
+        assert not [effect for effect in order(bench, given) if isinstance(effect, TOUCHING)]
+    assert not [effect for effect in tick(bench) if isinstance(effect, StartInstance)]
+
+
+@pytest.mark.parametrize("orders", ORDERS)
+def test_what_comes_of_it_is_seen(orders: tuple[SetMode, ...]) -> None:
+    bench, start = starting()
+    for given in orders:
+        order(bench, given)
+    bench.send(EffectDone(start.effect_id, ok=False, detail="g0 is held by process 77"))
+    assert bench.core.state.failures == {start.instance_id: 1}
+    assert bench.core.state.refusing["a"].failed == 1
+    assert [effect.instance_id for effect in tick(bench) if isinstance(effect, StartInstance)] == [start.instance_id]
+
+
+@pytest.mark.parametrize("orders", ORDERS)
+def test_what_was_told_to_go_stays_gone_until_its_node_shows_it(orders: tuple[SetMode, ...]) -> None:
+    """Else another would be let go as if this one carried its share."""
+    bench = serving()
+    for bench.now_s in (1.0, 2.0):  # little load, and known: what is not wanted may go
+        counters = {MS: ClassCounters(1, 1, 0, 1, 500, 150)}
+        bench.send(LoadSeen(LoadObservation("g", "1", bench.now_s, MODEL, counters, {})))
+    (only,) = bench.instances["a"]
+    stranger = replace(only, instance_id="stranger", gpu_uuids=(), endpoint="http://stranger")
+    bench.instances["a"] = (only, stranger)
+    drains = [effect for effect in bench.see("a", only, stranger) if isinstance(effect, DrainInstance)]
+    assert [effect.instance_id for effect in drains] == ["stranger"]
+    for given in orders:
+        order(bench, given)
+    # Its sample was taken before it heard of that.
+    assert not [effect for effect in bench.send(Tick(Level.INSTANCE)) if isinstance(effect, DrainInstance)]
+    bench.send(EffectDone(drains[0].effect_id, ok=False, detail="no"))
+    assert "stranger" not in bench.core.state.draining
+    again = [effect.instance_id for effect in tick(bench) if isinstance(effect, DrainInstance)]
+    assert again == ["stranger"], "and it is told again"
 
 
 def test_planning_at_once_asks_every_level() -> None:

@@ -31,7 +31,7 @@ from controller.loop.planning import Demand, ahead_s, expected_demand
 from controller.loop.settings import LoopSettings
 from controller.loop.snapshot import restore, take, week_of
 from controller.loop.state import Instant, State
-from controller.loop.week import Foreseen, WeekBook, came_rps, judged
+from controller.loop.week import Foreseen, Judged, WeekBook, came_rps, judged
 from controller.policy.forecast import RateForecast
 from controller.policy.milp.plan import plan_for
 from controller.policy.template import SLOT_S, SLOTS, SlotMean, expected_ratio, known_rates, learn, raised, slot_of
@@ -193,6 +193,7 @@ def test_after_a_week_of_load_the_rise_is_expected_before_it_is_seen() -> None:
     assert with_week.mean_rps()[MS] > 1.2 * without.mean_rps()[MS]
     assert with_week.mean_rps()[MS] == pytest.approx(comes_rps, rel=0.05)
     assert with_week.week_ratios[MS] > 1.2
+    assert with_week.plain == without.plain == without.parts
     # What serves now is not raised: capacity comes early, clocks and standby follow the load.
     assert with_week.parts[MS][0].level_rps == without.parts[MS][0].level_rps
 
@@ -258,8 +259,11 @@ def test_the_week_stays_small_in_a_snapshot() -> None:
 # ------------------------------------------------------------------------------------------- how far it was off
 
 
-def test_a_forecast_is_held_against_what_came() -> None:
-    made = core()
+@pytest.mark.parametrize(
+    "week", [None, WeekBook({slot: SlotMean(3, {MS: 2.0 ** (slot % 8)}) for slot in range(SLOTS)})]
+)
+def test_a_forecast_is_held_against_what_came(week: WeekBook | None) -> None:
+    made = core(week)
     gpus = tuple(GpuObservation(f"g{i}", i, True, 100.0, 0.0, 800, None) for i in range(8))
 
     def tick(at_s: float) -> None:
@@ -274,6 +278,8 @@ def test_a_forecast_is_held_against_what_came() -> None:
     tick(900.0)
     pool, foreseen = next(item for item in made.state.foreseen.items() if item[1].mean_rps > 0)
     assert foreseen.quantile_rps > foreseen.mean_rps > 0
+    assert (foreseen.plain_mean_rps < foreseen.mean_rps) == (week is not None)
+    assert (foreseen.plain_quantile_rps < foreseen.quantile_rps) == (week is not None)
     drive(made, 900.0, foreseen.until_s + 5.0, every_s=5.0, began_s=900.0)
     tick(foreseen.until_s + 5.0)
     error = made.state.forecast_errors[pool]
@@ -281,6 +287,12 @@ def test_a_forecast_is_held_against_what_came() -> None:
     came = day_rps((foreseen.from_s + foreseen.until_s) / 2)
     assert error.came_rps == pytest.approx(came, rel=0.05)
     assert error.ratio == pytest.approx(abs(came - foreseen.mean_rps) / came, abs=0.05)
+    assert error.last is not None
+    assert error.last.foreseen == foreseen
+    assert error.last.came_rps == error.came_rps
+    copied = core()
+    restore(copied.state, json.loads(take(made.state, 1)()))
+    assert copied.state.forecast_errors == {pool: error}
     again = made.state.foreseen[pool]
     assert again.from_s > foreseen.from_s
     # Nobody reports any more: what came is unknown, and judges nothing.
@@ -289,12 +301,13 @@ def test_a_forecast_is_held_against_what_came() -> None:
 
 
 def test_errors_are_means_and_the_share_above_the_quantile() -> None:
-    foreseen = Foreseen(10.0, 12.0, 0.0, 60.0)
+    foreseen = Foreseen(10.0, 12.0, 9.0, 11.0, 0.0, 60.0)
     error = judged(None, foreseen, 8.0)
     assert (error.count, error.ratio, error.above) == (1, 0.25, 0.0)
     error = judged(error, foreseen, 16.0)
     assert (error.count, error.above) == (2, 0.5)
     assert error.ratio == pytest.approx(8.0 / 24.0)
+    assert error.last == Judged(foreseen, 16.0)
     assert judged(None, foreseen, 0.0).ratio is None
     for _ in range(2000):
         error = judged(error, foreseen, 10.0)
@@ -305,7 +318,7 @@ def test_what_came_is_counted_over_the_span_alone() -> None:
     made = core()
     for end_s, arrived in ((40.0, 600), (100.0, 120), (160.0, 180), (220.0, 6000)):
         made.state.load.windows.append(window(end_s, 60.0, arrived))
-    foreseen = Foreseen(0.0, 0.0, 40.0, 160.0)
+    foreseen = Foreseen(0.0, 0.0, 0.0, 0.0, 40.0, 160.0)
     assert came_rps(made.state, frozenset({MS}), 220.0, foreseen) == pytest.approx(2.5)
     assert came_rps(made.state, frozenset({SS}), 220.0, foreseen) == 0.0
     assert came_rps(made.state, frozenset({MS}), 220.0, replace(foreseen, from_s=160.0, until_s=400.0)) is None

@@ -30,10 +30,11 @@ FIRST_VIEWS = {
     "v_slo_by_class_hour",
     "v_switching_costs",
 }
-VIEWS = FIRST_VIEWS | {"v_savings_by_day"}
+FOURTH_VIEWS = FIRST_VIEWS | {"v_savings_by_day"}
+VIEWS = FOURTH_VIEWS | {"v_forecast_by_pool_day"}
 # Tables that came with 0003, and later.
 THIRD = {"input_frames", "input_snapshots", "orders", "saving_days"}
-LATER = THIRD | {"choices"}
+LATER = THIRD | {"choices", "forecasts"}
 
 
 @pytest.fixture
@@ -64,7 +65,10 @@ def test_walk_up_down_and_up_again_with_data(empty: Engine) -> None:
     assert set(inspect(empty).get_view_names()) == FIRST_VIEWS
     assert migrate.upgrade(empty, "0003") == "0003"
     assert set(inspect(empty).get_table_names()) == (TABLES - LATER) | THIRD | {"alembic_version"}
-    assert migrate.upgrade(empty, "0004") == "0004" == migrate.head()
+    assert migrate.upgrade(empty, "0004") == "0004"
+    assert set(inspect(empty).get_table_names()) == (TABLES - {"forecasts"}) | {"alembic_version"}
+    assert set(inspect(empty).get_view_names()) == FOURTH_VIEWS
+    assert migrate.upgrade(empty, "0005") == "0005" == migrate.head()
     assert set(inspect(empty).get_table_names()) == TABLES | {"alembic_version"}
     assert set(inspect(empty).get_view_names()) == VIEWS
     assert write_records(empty, one_of_each()) == len(LATER) + 1  # the node is renewed
@@ -75,7 +79,7 @@ def test_walk_up_down_and_up_again_with_data(empty: Engine) -> None:
     before = rows_by_table(empty)
     assert migrate.downgrade(empty, "0001") == "0001"
     assert inspect(empty).get_view_names() == []
-    assert migrate.upgrade(empty) == "0004"
+    assert migrate.upgrade(empty) == "0005"
     assert rows_by_table(empty) == {name: 0 if name in LATER else rows for name, rows in before.items()}
     stored, plan = get_decision(empty, 1), last_plan(empty)
     assert stored is not None
@@ -84,7 +88,7 @@ def test_walk_up_down_and_up_again_with_data(empty: Engine) -> None:
 
     assert migrate.downgrade(empty, "base") == "base"
     assert set(inspect(empty).get_table_names()) <= {"alembic_version"}
-    assert migrate.upgrade(empty) == "0004"
+    assert migrate.upgrade(empty) == "0005"
     assert rows_by_table(empty) == {name: int(name == "leadership") for name in TABLES}
 
 
@@ -136,7 +140,7 @@ def test_a_program_refuses_a_database_without_tables(empty: Engine) -> None:
 
 def test_a_program_refuses_an_older_revision(empty: Engine) -> None:
     migrate.upgrade(empty, "0001")
-    with pytest.raises(UserError, match=r"at revision 0001, this version needs 0004.*dynamollm db upgrade"):
+    with pytest.raises(UserError, match=r"at revision 0001, this version needs 0005.*dynamollm db upgrade"):
         migrate.require_current(empty)
     migrate.upgrade(empty)
     migrate.require_current(empty)

@@ -17,6 +17,7 @@ from controller.store.records import (
     ActionRecord,
     ChoiceRecord,
     DecisionOutcome,
+    ForecastRow,
     LoadRow,
     OrderKind,
     OrderRecord,
@@ -49,6 +50,7 @@ def history(engine: Engine) -> Engine:
     """Two hours of a small fleet: a second, quieter hour with a parked GPU, a failure and a missed SLO."""
     _, outcome, start, telemetry, load, slo, *_ = one_of_each()
     choice = next(each for each in one_of_each() if isinstance(each, ChoiceRecord))
+    forecast = next(each for each in one_of_each() if isinstance(each, ForecastRow))
     assert isinstance(outcome, DecisionOutcome)
     assert isinstance(start, ActionRecord)
     assert isinstance(telemetry, TelemetryRow)
@@ -76,6 +78,9 @@ def history(engine: Engine) -> Engine:
                 1, 91, NOON_S + 1800, OrderKind.MODE, "cluster", "active", "savings --ab", "window 2 of 6 is on"
             ),
             replace(choice, number=2, pool="long", decided_by="spilled", queue_ms=80.4, speaks_for=3000),
+            replace(forecast, window_start_s=later_s, plain_forecast_rps=2.5, plain_quantile_rps=3.5, arrived_rps=4.0),
+            replace(forecast, window_start_s=later_s, pool="short", arrived_rps=0.0),
+            replace(forecast, window_start_s=NOON_S + 86_400),
         ],
     )
     return engine
@@ -132,6 +137,25 @@ def test_missed_slos_worst_first(history: Engine) -> None:
 def test_prediction_error_by_level(history: Engine) -> None:
     found = {row["level"]: row["mean_relative_error"] for row in ask(history, "How good are the predictions?")}
     assert found == {"instance": pytest.approx(0.1), "pool": pytest.approx(150.25 / 4100.25)}
+
+
+def test_forecasts_by_pool_and_day_with_and_without_the_week(history: Engine) -> None:
+    found = ask(history, "How far off was the forecast of each pool, day by day?")
+    assert [(row["day"], row["pool"], row["forecasts"]) for row in found] == [
+        ("2026-03-01", "long", 2),
+        ("2026-03-01", "short", 1),
+        ("2026-03-02", "long", 1),
+    ]
+    first, quiet, _ = found
+    assert (first["error_ratio"], first["plain_error_ratio"]) == (pytest.approx(1.0 / 3.0), pytest.approx(0.75 / 3.0))
+    assert first["bias_ratio"] == pytest.approx(-0.5 / 3.0)
+    assert (first["exceeded_ratio"], first["plain_exceeded_ratio"], first["raised_by_week"]) == (0.5, 0.5, 1)
+    assert (quiet["error_ratio"], quiet["exceeded_ratio"]) == (None, 0.0), "nothing came: there is no share of it"
+
+
+def test_loads_beyond_what_was_planned_for(history: Engine) -> None:
+    (found,) = ask(history, "When was the load higher than was planned for?")
+    assert (found["pool"], found["over_quantile"]) == ("long", pytest.approx(4.0 / 3.5))
 
 
 def test_failures_newest_first(history: Engine) -> None:

@@ -637,12 +637,15 @@ class NodeStatus(_message.Message):
     AGE_S_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
     POWER_W_FIELD_NUMBER: _builtins.int
+    CIRCUIT_OPEN_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     address: _builtins.str
     freshness: Global___Freshness.ValueType
     age_s: _builtins.float
     gpus: _builtins.int
     power_w: _builtins.float
+    circuit_open: _builtins.bool
+    """Calls to its agent fail at once, because it left the last ones unanswered; it may report all the same."""
     def __init__(
         self,
         *,
@@ -652,10 +655,11 @@ class NodeStatus(_message.Message):
         age_s: _builtins.float = ...,
         gpus: _builtins.int = ...,
         power_w: _builtins.float = ...,
+        circuit_open: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "age_s", b"age_s", "freshness", b"freshness", "gpus", b"gpus", "node_id", b"node_id", "power_w", b"power_w"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "age_s", b"age_s", "circuit_open", b"circuit_open", "freshness", b"freshness", "gpus", b"gpus", "node_id", b"node_id", "power_w", b"power_w"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

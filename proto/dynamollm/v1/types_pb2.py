@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64ynamollm/v1/types.proto\x12\x0c\x64ynamollm.v1\"<\n\x05Owner\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.dynamollm.v1.OwnerKind\x12\x0c\n\x04name\x18\x02 \x01(\t\"X\n\x05Lease\x12\"\n\x05owner\x18\x01 \x01(\x0b\x32\x13.dynamollm.v1.Owner\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12\x0c\n\x04term\x18\x04 \x01(\x04\"\xac\x01\n\x0cInstanceSpec\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tgpu_uuids\x18\x03 \x03(\t\x12\x36\n\x06labels\x18\x04 \x03(\x0b\x32&.dynamollm.v1.InstanceSpec.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x92\x03\n\x08Instance\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x1a.dynamollm.v1.InstanceSpec\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.dynamollm.v1.InstanceState\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x18\n\x10seconds_in_state\x18\x05 \x01(\x01\x12=\n\x0cstep_seconds\x18\x06 \x03(\x0b\x32\'.dynamollm.v1.Instance.StepSecondsEntry\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x1b\n\x0e\x61sleep_power_w\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10\x61sleep_gpu_bytes\x18\t \x01(\x04\x12\x19\n\x11\x61sleep_host_bytes\x18\n \x01(\x04\x12\x0f\n\x07\x64rained\x18\x0b \x01(\x08\x1a\x32\n\x10StepSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x11\n\x0f_asleep_power_w\"8\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0b\n\x03sum\x18\x03 \x01(\x01*q\n\tOwnerKind\x12\x1a\n\x16OWNER_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15OWNER_KIND_CONTROLLER\x10\x01\x12\x17\n\x13OWNER_KIND_OPERATOR\x10\x02\x12\x14\n\x10OWNER_KIND_GUARD\x10\x03*\xae\x02\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17INSTANCE_STATE_STARTING\x10\x01\x12\x1a\n\x16INSTANCE_STATE_WARMING\x10\x02\x12\x18\n\x14INSTANCE_STATE_READY\x10\x03\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x04\x12\x19\n\x15INSTANCE_STATE_ASLEEP\x10\x05\x12\x1b\n\x17INSTANCE_STATE_STOPPING\x10\x06\x12\x1a\n\x16INSTANCE_STATE_STOPPED\x10\x07\x12\x19\n\x15INSTANCE_STATE_FAILED\x10\x08\x12\x1e\n\x1aINSTANCE_STATE_QUARANTINED\x10\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64ynamollm/v1/types.proto\x12\x0c\x64ynamollm.v1\"<\n\x05Owner\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.dynamollm.v1.OwnerKind\x12\x0c\n\x04name\x18\x02 \x01(\t\"X\n\x05Lease\x12\"\n\x05owner\x18\x01 \x01(\x0b\x32\x13.dynamollm.v1.Owner\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\x12\x0c\n\x04term\x18\x04 \x01(\x04\"\xac\x01\n\x0cInstanceSpec\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tgpu_uuids\x18\x03 \x03(\t\x12\x36\n\x06labels\x18\x04 \x03(\x0b\x32&.dynamollm.v1.InstanceSpec.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa3\x03\n\x08Instance\x12(\n\x04spec\x18\x01 \x01(\x0b\x32\x1a.dynamollm.v1.InstanceSpec\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.dynamollm.v1.InstanceState\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\x12\x18\n\x10seconds_in_state\x18\x05 \x01(\x01\x12=\n\x0cstep_seconds\x18\x06 \x03(\x0b\x32\'.dynamollm.v1.Instance.StepSecondsEntry\x12\x0b\n\x03pid\x18\x07 \x01(\r\x12\x1b\n\x0e\x61sleep_power_w\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10\x61sleep_gpu_bytes\x18\t \x01(\x04\x12\x19\n\x11\x61sleep_host_bytes\x18\n \x01(\x04\x12\x0f\n\x07\x64rained\x18\x0b \x01(\x08\x12\x0f\n\x07held_by\x18\x0c \x01(\t\x1a\x32\n\x10StepSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x11\n\x0f_asleep_power_w\"8\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0b\n\x03sum\x18\x03 \x01(\x01*q\n\tOwnerKind\x12\x1a\n\x16OWNER_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15OWNER_KIND_CONTROLLER\x10\x01\x12\x17\n\x13OWNER_KIND_OPERATOR\x10\x02\x12\x14\n\x10OWNER_KIND_GUARD\x10\x03*\xae\x02\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17INSTANCE_STATE_STARTING\x10\x01\x12\x1a\n\x16INSTANCE_STATE_WARMING\x10\x02\x12\x18\n\x14INSTANCE_STATE_READY\x10\x03\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x04\x12\x19\n\x15INSTANCE_STATE_ASLEEP\x10\x05\x12\x1b\n\x17INSTANCE_STATE_STOPPING\x10\x06\x12\x1a\n\x16INSTANCE_STATE_STOPPED\x10\x07\x12\x19\n\x15INSTANCE_STATE_FAILED\x10\x08\x12\x1e\n\x1aINSTANCE_STATE_QUARANTINED\x10\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INSTANCESPEC_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_INSTANCE_STEPSECONDSENTRY']._loaded_options = None
   _globals['_INSTANCE_STEPSECONDSENTRY']._serialized_options = b'8\001'
-  _globals['_OWNERKIND']._serialized_start=832
-  _globals['_OWNERKIND']._serialized_end=945
-  _globals['_INSTANCESTATE']._serialized_start=948
-  _globals['_INSTANCESTATE']._serialized_end=1250
+  _globals['_OWNERKIND']._serialized_start=849
+  _globals['_OWNERKIND']._serialized_end=962
+  _globals['_INSTANCESTATE']._serialized_start=965
+  _globals['_INSTANCESTATE']._serialized_end=1267
   _globals['_OWNER']._serialized_start=42
   _globals['_OWNER']._serialized_end=102
   _globals['_LEASE']._serialized_start=104
@@ -48,9 +48,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INSTANCESPEC_LABELSENTRY']._serialized_start=322
   _globals['_INSTANCESPEC_LABELSENTRY']._serialized_end=367
   _globals['_INSTANCE']._serialized_start=370
-  _globals['_INSTANCE']._serialized_end=772
-  _globals['_INSTANCE_STEPSECONDSENTRY']._serialized_start=703
-  _globals['_INSTANCE_STEPSECONDSENTRY']._serialized_end=753
-  _globals['_HISTOGRAM']._serialized_start=774
-  _globals['_HISTOGRAM']._serialized_end=830
+  _globals['_INSTANCE']._serialized_end=789
+  _globals['_INSTANCE_STEPSECONDSENTRY']._serialized_start=720
+  _globals['_INSTANCE_STEPSECONDSENTRY']._serialized_end=770
+  _globals['_HISTOGRAM']._serialized_start=791
+  _globals['_HISTOGRAM']._serialized_end=847
 # @@protoc_insertion_point(module_scope)

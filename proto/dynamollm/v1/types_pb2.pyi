@@ -241,6 +241,7 @@ class Instance(_message.Message):
     ASLEEP_GPU_BYTES_FIELD_NUMBER: _builtins.int
     ASLEEP_HOST_BYTES_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
+    HELD_BY_FIELD_NUMBER: _builtins.int
     state: Global___InstanceState.ValueType
     endpoint: _builtins.str
     """http://host:port of the engine's API; empty before it listens."""
@@ -256,6 +257,8 @@ class Instance(_message.Message):
     asleep_host_bytes: _builtins.int
     drained: _builtins.bool
     """While it drains: proven to have no work."""
+    held_by: _builtins.str
+    """The operator whose order it obeyed last, if that was no controller's. Controllers leave such an instance alone."""
     @_builtins.property
     def spec(self) -> Global___InstanceSpec: ...
     @_builtins.property
@@ -276,10 +279,11 @@ class Instance(_message.Message):
         asleep_gpu_bytes: _builtins.int = ...,
         asleep_host_bytes: _builtins.int = ...,
         drained: _builtins.bool = ...,
+        held_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_asleep_power_w", b"_asleep_power_w", "asleep_power_w", b"asleep_power_w", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_asleep_power_w", b"_asleep_power_w", "asleep_gpu_bytes", b"asleep_gpu_bytes", "asleep_host_bytes", b"asleep_host_bytes", "asleep_power_w", b"asleep_power_w", "detail", b"detail", "drained", b"drained", "endpoint", b"endpoint", "pid", b"pid", "seconds_in_state", b"seconds_in_state", "spec", b"spec", "state", b"state", "step_seconds", b"step_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_asleep_power_w", b"_asleep_power_w", "asleep_gpu_bytes", b"asleep_gpu_bytes", "asleep_host_bytes", b"asleep_host_bytes", "asleep_power_w", b"asleep_power_w", "detail", b"detail", "drained", b"drained", "endpoint", b"endpoint", "held_by", b"held_by", "pid", b"pid", "seconds_in_state", b"seconds_in_state", "spec", b"spec", "state", b"state", "step_seconds", b"step_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__asleep_power_w: _TypeAlias = _typing.Literal["asleep_power_w"]  # noqa: Y015
     _WhichOneofArgType__asleep_power_w: _TypeAlias = _typing.Literal["_asleep_power_w", b"_asleep_power_w"]  # noqa: Y015
