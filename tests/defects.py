@@ -105,6 +105,9 @@ DEFECTS: dict[str, Defect] = {
         "if all(more_w <= rooms[scope] + TOLERANCE_W for scope in over):",
         "if True:",
     ),
+    "an agent that is never called again": Defect(
+        "controller.fleet.breaker", "Breaker.admits", "if now_s < self._until_s:", "if True:"
+    ),
     "clocks that are not sent to an agent whose answers are lost": Defect(
         "controller.fleet.breaker", "Breaker.lets_out", "return not self._is_silent(now_s)", "return False"
     ),

@@ -157,7 +157,11 @@ class RoughWorld:
                 self.run.breaks(f"a cap on GPUs that {effect.node_id} does not have")
 
     def at_the_end(self) -> None:
-        """What can be held is held; what no budget covers is free."""
+        """What can be held is held; what no budget covers is free; who answers is called."""
+        for node_id in self.run.hosts:
+            self.run.rules.looked("circuit")
+            if not self.circuit(self.run.leader, node_id).admits(self.run.now_s):
+                self.run.breaks(f"{node_id} has answered for minutes, and is still not called")
         standing = self.standing()
         for scope, watts in standing.items():
             self.run.rules.looked("budget held")

@@ -32,8 +32,14 @@ class InstanceState(StrEnum):
     QUARANTINED = "quarantined"
 
 
-# States in which the instance's GPUs may not be given to another instance.
-HOLDS_GPUS = frozenset(InstanceState) - {InstanceState.STOPPED, InstanceState.FAILED}
+# What the states mean to whoever decides; nobody else lists them.
+COMES_UP = frozenset({InstanceState.STARTING, InstanceState.WARMING})  # it will serve
+UP = COMES_UP | {InstanceState.READY}  # it serves or will, as long as nobody tells it to go
+WORKS = frozenset({InstanceState.READY, InstanceState.DRAINING})  # it answers requests
+GOES = frozenset({InstanceState.DRAINING, InstanceState.STOPPING})  # it was told to go
+GONE = frozenset({InstanceState.STOPPED, InstanceState.FAILED})  # nothing of it is left on its host
+# Its GPUs may not be given to another instance.
+HOLDS_GPUS = frozenset(InstanceState) - GONE
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from controller.domain.gpu_state import GpuState
-from controller.fleet.port import InstanceObservation, InstanceState, NodeObservation
+from controller.fleet.port import GONE, InstanceObservation, InstanceState, NodeObservation
 
 _GPU_STATE = {
     InstanceState.STARTING: GpuState.LOADING,
@@ -25,7 +25,7 @@ _GPU_STATE = {
 
 def gpu_state(instance: InstanceObservation | None) -> GpuState:
     """What the GPUs of `instance` do; None means that no engine holds them."""
-    if instance is None or instance.state in (InstanceState.STOPPED, InstanceState.FAILED):
+    if instance is None or instance.state in GONE:
         return GpuState.PARKED
     if instance.state is InstanceState.READY:
         return GpuState.SERVING if instance.running else GpuState.IDLE
@@ -87,4 +87,4 @@ class EnergyBook:
 
 
 def _holds(instance: InstanceObservation) -> bool:
-    return instance.state not in (InstanceState.STOPPED, InstanceState.FAILED)
+    return instance.state not in GONE

@@ -12,6 +12,7 @@ from math import inf
 from controller.domain.decision import Decision
 from controller.domain.reasons import Level, Mode
 from controller.fleet.port import (
+    GONE,
     Effect,
     EffectDone,
     Event,
@@ -177,7 +178,7 @@ class Core:
             if observed.state is InstanceState.READY and {"start", "warm"} & observed.step_seconds.keys():
                 took_s = observed.step_seconds.get("start", 0.0) + observed.step_seconds.get("warm", 0.0)
                 state.measured_start_s[observed.tp] = max(took_s, state.measured_start_s.get(observed.tp, 0.0))
-            elif observed.state in (InstanceState.STOPPED, InstanceState.FAILED):
+            elif observed.state in GONE:
                 state.draining.discard(observed.instance_id)
         if state.mode is Mode.PAUSED or not state.pools:
             return

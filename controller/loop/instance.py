@@ -14,6 +14,10 @@ from controller.domain.classes import ClassGroup, RequestClass
 from controller.domain.layout import Layout
 from controller.domain.reasons import Level, Mode, Reason, Stage
 from controller.fleet.port import (
+    COMES_UP,
+    GONE,
+    UP,
+    WORKS,
     ApplyCaps,
     ApplyClocks,
     CapTarget,
@@ -55,9 +59,6 @@ from controller.policy.transition import (
 )
 
 # States in which an instance may still have work and so needs a chosen clock.
-_WORKING = (InstanceState.READY, InstanceState.DRAINING)
-_GONE = (InstanceState.STOPPED, InstanceState.FAILED)
-_UP = (InstanceState.STARTING, InstanceState.WARMING, InstanceState.READY)
 _TOLD = {StepKind.DRAIN.value: InstanceState.DRAINING, StepKind.STOP.value: InstanceState.STOPPING}
 _TAKES_AWAY = (StepKind.DRAIN, StepKind.RELABEL)
 _OF_WHAT_IS_SEEN = (StepKind.DRAIN, StepKind.STOP)
@@ -124,7 +125,7 @@ def stands(turn: Turn) -> bool:
     wanted = state.layout.by_id()
     ready = 0
     for node_id, instance in state.instances().values():
-        if instance.state in _GONE or state.is_lost(node_id, now_s):
+        if instance.state in GONE or state.is_lost(node_id, now_s):
             continue
         planned = wanted.get(instance.instance_id)
         if instance.state is not InstanceState.READY or planned is None or planned.pool != state.pool_of(instance):
@@ -155,7 +156,7 @@ def _take_steps(turn: Turn) -> None:
         drop_from_layout(state, transition.given_up)
         lay_out(state, turn.now)
     busy = {(acting.kind, acting.instance_id) for acting in state.acting.values()}
-    starting = sum(1 for a in actual if a.state in (InstanceState.STARTING, InstanceState.WARMING))
+    starting = sum(1 for a in actual if a.state in COMES_UP)
     for step in transition.steps:
         if not modes.may_touch(state, step.pool, step.node_id):
             continue
@@ -217,7 +218,7 @@ def _actual(turn: Turn) -> tuple[ActualInstance, ...]:
         if state.is_lost(node_id, now_s):
             continue
         # What was told to go is on its way, although its node has not shown it yet; what it had to do then is past.
-        going = told.get(seen.instance_id) if seen.state in _UP else None
+        going = told.get(seen.instance_id) if seen.state in UP else None
         found.append(
             ActualInstance(
                 seen.instance_id,
@@ -255,7 +256,7 @@ def _capacity(turn: Turn, rates: Mapping[RequestClass, float] | None) -> Capacit
 def _groups(turn: Turn) -> tuple[ClassGroup, ...]:
     """The planned pools, and those of an earlier partition that instances still serve: what failed there is no pool."""
     state = turn.state
-    alive = (instance for _, instance in state.instances().values() if instance.state in (*_UP, *_WORKING))
+    alive = (instance for _, instance in state.instances().values() if instance.state in UP | WORKS)
     names = set(state.pools) | {state.pool_of(instance) for instance in alive}
     return tuple(group for group in state.profile.groups if group.name in names)
 
@@ -304,7 +305,7 @@ def _publish(turn: Turn, position: int, renew: bool) -> None:
             on_call=serving.on_call(state, instance),
         )
         for _, instance in state.instances().values()
-        if instance.state in _WORKING and instance.endpoint
+        if instance.state in WORKS and instance.endpoint
     ]
     if not working and state.routing is None:
         return  # nothing to route to yet; gateways keep what an earlier controller gave them
@@ -354,7 +355,7 @@ def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
         instance.instance_id: _ask(turn, instance, pool_rates, weights, shares, batches)
         for node in seen
         for instance in sorted(node.instances, key=lambda instance: instance.instance_id)
-        if instance.state in _WORKING and state.mode_of(state.pool_of(instance), node.node_id) is not Mode.PAUSED
+        if instance.state in WORKS and state.mode_of(state.pool_of(instance), node.node_id) is not Mode.PAUSED
     }
     told = functools.cache(lambda: _class_rates(turn))  # the same for all, and only where a clock changes
     settings = ClockSettings(fill=state.settings.serve_fill, caps=not (state.budgets or state.caps))
@@ -367,7 +368,7 @@ def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
         for instance in sorted(node.instances, key=lambda instance: instance.instance_id):
             had = state.clocks.get(instance.instance_id)
             had_cap = had is not None and had.cap_w is not None
-            if instance.state not in _WORKING:
+            if instance.state not in WORKS:
                 if had is not None and had.mhz is not None:
                     release.extend(instance.gpu_uuids)
                 if had_cap:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from controller.domain.layout import Layout, PlannedInstance
 from controller.domain.reasons import Mode
 from controller.fleet.port import (
+    UP,
     ApplyCaps,
     ApplyClocks,
     ClockTarget,
@@ -25,8 +26,6 @@ from controller.fleet.port import (
 )
 from controller.loop.orders import CLUSTER_SCOPE, SetMode
 from controller.loop.state import State, Turn
-
-_UP = frozenset({InstanceState.STARTING, InstanceState.WARMING, InstanceState.READY})
 
 
 def set_mode(turn: Turn, order: SetMode) -> None:
@@ -57,7 +56,7 @@ def hold_untouched(state: State) -> None:
     standing = [
         PlannedInstance(seen.instance_id, state.pool_of(seen), seen.model, node_id, seen.gpu_uuids)
         for node_id, seen in state.instances().values()
-        if seen.state in _UP and seen.instance_id not in names and not may_touch(state, state.pool_of(seen), node_id)
+        if seen.state in UP and seen.instance_id not in names and not may_touch(state, state.pool_of(seen), node_id)
     ]
     layout = Layout(tuple(sorted((*planned, *standing), key=lambda i: i.instance_id)))
     if layout == state.layout:
@@ -101,7 +100,7 @@ def allowed(state: State, effects: list[Effect]) -> list[Effect]:
     return kept
 
 
-_HOLDING = _UP | {InstanceState.DRAINING}
+_HOLDING = UP | {InstanceState.DRAINING}
 
 
 def _may_lock(state: State, target: ClockTarget, pool_of_gpu: dict[str, str], node_id: str) -> bool:

@@ -10,7 +10,7 @@ from collections import deque
 
 from controller.domain.classes import ALL_CLASSES, ClassGroup
 from controller.domain.reasons import Level, Reason
-from controller.fleet.port import InstanceState
+from controller.fleet.port import WORKS
 from controller.loop import modes
 from controller.loop.orders import CLUSTER_SCOPE
 from controller.loop.profile_in_use import RECALIBRATE, refit, say_paces
@@ -36,7 +36,6 @@ WINDOW_S = 60.0
 # Of a mix further from the calibrated one than this, batch and load cannot be compared (profile/pace.py).
 _SHARES = (0.4, 2.5)
 _SETTINGS = PaceSettings()
-_WORKING = (InstanceState.READY, InstanceState.DRAINING)
 
 
 def look(turn: Turn) -> None:
@@ -63,7 +62,7 @@ def _begin(book: PaceBook, now_s: float) -> None:
 def _take(state: State, book: PaceBook, now_s: float) -> None:
     book.ticks += 1
     for node_id, instance in state.instances().values():
-        if instance.state not in _WORKING:
+        if instance.state not in WORKS:
             continue
         if not instance.running and instance.instance_id in state.standby:
             continue

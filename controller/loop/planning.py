@@ -12,7 +12,7 @@ from math import sqrt
 from controller.domain.classes import ALL_CLASSES, RequestClass
 from controller.domain.decision import Json, SolverReport
 from controller.domain.layout import Layout
-from controller.fleet.port import HOLDS_GPUS, InstanceState
+from controller.fleet.port import GONE, HOLDS_GPUS, UP, InstanceState
 from controller.loop import caps
 from controller.loop.state import Instant, State, Turn, rates_json
 from controller.loop.week import Foreseen, hold_against
@@ -36,8 +36,7 @@ INDEPENDENT = 2.5
 RESERVED_GPUS = 0.85
 # Spread assumed around a configured initial load, for which nothing was measured yet.
 _COLD_STD_RATIO = 0.2
-_GONE = frozenset({InstanceState.STOPPED, InstanceState.FAILED, InstanceState.QUARANTINED})
-_KEPT_STATES = frozenset({InstanceState.STARTING, InstanceState.WARMING, InstanceState.READY})
+_GONE = GONE | {InstanceState.QUARANTINED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -526,7 +525,7 @@ def _held(state: State, now: Instant) -> tuple[HeldInstance, ...]:
             state.pool_of(instance),
             node_id,
             instance.gpu_uuids,
-            keep=instance.state in _KEPT_STATES and instance.instance_id not in state.draining,
+            keep=instance.state in UP and instance.instance_id not in state.draining,
         )
         for node_id, instance in state.instances().values()
         if instance.state in HOLDS_GPUS and not state.is_lost(node_id, now.monotonic_s)

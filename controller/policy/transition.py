@@ -15,7 +15,7 @@ from enum import StrEnum
 from controller.domain.classes import RequestClass
 from controller.domain.layout import Layout, PlannedInstance
 from controller.domain.reasons import StepReason
-from controller.fleet.port import HOLDS_GPUS, InstanceState
+from controller.fleet.port import COMES_UP, GOES, HOLDS_GPUS, UP, InstanceState
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +182,9 @@ def next_steps(
 def standing_layout(wanted: Layout, actual: tuple[ActualInstance, ...], model: str) -> Layout:
     """What is there, or on its way up, as a layout: the one to want when a transition is stuck. Instances stay in the
     pool that they are routed as."""
-    up = [i for i in actual if i.state in _LIVE]
+    up = [i for i in actual if i.state in UP]
     claimed = {uuid for i in up for uuid in i.gpu_uuids}
-    stopped = {i.instance_id for i in actual if i.state not in _LIVE and i.state in HOLDS_GPUS}
+    stopped = {i.instance_id for i in actual if i.state not in UP and i.state in HOLDS_GPUS}
     names = {i.instance_id for i in up}
     waiting = [p for p in wanted.instances if p.instance_id not in names | stopped and claimed.isdisjoint(p.gpu_uuids)]
     standing = [PlannedInstance(i.instance_id, i.pool, model, i.node_id, i.gpu_uuids) for i in up] + waiting
@@ -246,7 +246,7 @@ def _grow(
     for planned in plan.values():
         instance = found.get(planned.instance_id)
         state = instance.state if instance is not None else InstanceState.STOPPED
-        if state in (InstanceState.STARTING, InstanceState.WARMING):
+        if state in COMES_UP:
             steps.append(_planned(StepKind.WAIT, planned, StepReason.WAITING_FOR_READY, f"is {state.value}"))
         if state in HOLDS_GPUS and state is not InstanceState.QUARANTINED:
             continue
@@ -305,14 +305,11 @@ def _label_changes(plan: Mapping[str, PlannedInstance], there: list[ActualInstan
     changes = []
     for instance in there:
         planned = plan.get(instance.instance_id)
-        if planned is not None and planned.pool != instance.pool and instance.state in _LIVE:
+        if planned is not None and planned.pool != instance.pool and instance.state in UP:
             changes.append(
                 _planned(StepKind.RELABEL, planned, StepReason.GROW, f"leaves pool {instance.pool} for {planned.pool}")
             )
     return changes
-
-
-_LIVE = (InstanceState.STARTING, InstanceState.WARMING, InstanceState.READY)
 
 
 def _drains(plan: Mapping[str, PlannedInstance], there: list[ActualInstance], growing: list[Step]) -> list[Step]:
@@ -324,7 +321,7 @@ def _drains(plan: Mapping[str, PlannedInstance], there: list[ActualInstance], gr
 
 
 def _draining(there: list[ActualInstance]) -> Counter[str]:
-    return Counter(i.pool for i in there if i.state in (InstanceState.DRAINING, InstanceState.STOPPING))
+    return Counter(i.pool for i in there if i.state in GOES)
 
 
 def _actual(kind: StepKind, instance: ActualInstance, reason: StepReason, what: str) -> Step:

@@ -22,6 +22,7 @@ from controller.domain.classes import ALL_CLASSES, RequestClass
 from controller.domain.decision import Decision
 from controller.domain.reasons import Level, Mode
 from controller.fleet.port import (
+    UP,
     DrainInstance,
     Effect,
     EffectDone,
@@ -175,7 +176,7 @@ class _Shadow:
         for node in state.nodes.values():
             self._node(node)
             for seen in node.instances:
-                if seen.state in (InstanceState.READY, InstanceState.STARTING, InstanceState.WARMING):
+                if seen.state in UP:
                     self._put(node.node_id, replace(seen, state=InstanceState.READY, running=None, waiting=None))
         state.draining.clear()
         reader = Reader(self.core)
