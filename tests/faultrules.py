@@ -54,6 +54,7 @@ class Rules:
         self.counts: dict[tuple[str, int], int] = {}  # of instances wanted, before the step
         self.changed: dict[tuple[str, int], str] = {}  # in the present calm: whether more or fewer of a kind are wanted
         self.calm_s = 0.0  # when that calm began
+        self.nowhere_s = float("-inf")  # when no node was heard last
 
     def broken(self, what: str) -> None:
         self.run.breaks(what)
@@ -294,7 +295,9 @@ class Rules:
         run = self.run
         silent_s = {node_id: min(active_s, life.silent_s(node_id, run.now_s)) for node_id in run.hosts}
         if min(silent_s.values()) > SETTINGS.stale_s:
-            return  # there is nowhere to go
+            self.nowhere_s = run.now_s
+        if run.now_s - self.nowhere_s <= 3 * SETTINGS.instance_s:
+            return  # there is nowhere to go, or has only just been again
         for item in life.core.state.layout.instances:
             self.looked("lost node")
             if silent_s[item.node_id] > SETTINGS.lost_s + 3 * SETTINGS.instance_s:

@@ -390,6 +390,7 @@ def _set_clocks(turn: Turn, pool_rates: Mapping[str, float] | None) -> None:
         # The caps of a budget take the place of these, and must not be let go; elsewhere their lease ends them.
         if uncap and not (state.budgets or state.caps):
             turn.effects.append(ReleaseCaps(turn.effect_id(), node.node_id, tuple(uncap), "a clock lock draws less"))
+        release = [uuid for uuid in release if uuid not in node.held_gpus]  # one of ours that failed left them
         if release:
             turn.effects.append(ReleaseClocks(turn.effect_id(), node.node_id, tuple(release), "full clock wanted"))
         if targets:
@@ -415,7 +416,7 @@ def _unlock_all(turn: Turn, reason: Reason, why: str) -> None:
     for node in state.nodes.values():
         for instance in node.instances:
             had = state.clocks.get(instance.instance_id)
-            if had is None or (had.mhz is None and had.cap_w is None):
+            if had is None or (had.mhz is None and had.cap_w is None) or instance.state in GONE:
                 continue
             effect_id = turn.effect_id()
             turn.effects.append(ReleaseClocks(effect_id, node.node_id, instance.gpu_uuids, why))

@@ -57,7 +57,7 @@ class SquareWave(Run):
     """Instead of faults: the load swings tenfold from one pool tick to the next."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(1, folder, journal=False)
+        super().__init__(0, folder, journal=False)
         self.begun_s: list[float] = []
 
     def fault(self) -> None:
