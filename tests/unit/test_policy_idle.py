@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controller.policy.idle import (
+    FEW_SHARE,
     LONE_SHARE,
     MANY,
     MANY_SHARE,
@@ -43,8 +44,8 @@ def test_all_serve_where_the_load_needs_them_or_more() -> None:
 
 
 def test_the_fill_leaves_room() -> None:
-    assert choose_serving(FULL, "short", {4: 4}, 1.95 * TOP, fill=0.9).counts[4] == 3
-    assert choose_serving(FULL, "short", {4: 4}, 1.95 * TOP, fill=1.0).counts[4] == 2
+    assert choose_serving(FULL, "short", {4: 4}, 1.95 * FEW_SHARE * TOP, fill=0.9).counts[4] == 3
+    assert choose_serving(FULL, "short", {4: 4}, 1.95 * FEW_SHARE * TOP, fill=1.0).counts[4] == 2
 
 
 def test_one_alone_carries_less_than_beside_others() -> None:
@@ -54,8 +55,8 @@ def test_one_alone_carries_less_than_beside_others() -> None:
 
 
 def test_one_more_serves_where_a_lower_clock_saves_more() -> None:
-    assert choose_serving(FULL, "short", {4: 4}, 1.95 * TOP).counts[4] == 2
-    assert choose_serving(FITTED, "short", {4: 4}, 1.95 * TOP).counts[4] > 2
+    assert choose_serving(FULL, "short", {4: 4}, 1.95 * FEW_SHARE * TOP).counts[4] == 2
+    assert choose_serving(FITTED, "short", {4: 4}, 1.95 * FEW_SHARE * TOP).counts[4] > 2
 
 
 def test_without_load_the_least_number_serves() -> None:
@@ -64,11 +65,11 @@ def test_without_load_the_least_number_serves() -> None:
 
 def test_the_present_choice_stays_unless_another_saves_clearly() -> None:
     present = {4: 3}
-    assert choose_serving(FULL, "short", {4: 4}, 1.99 * TOP, current=present).counts == {4: 2}
+    assert choose_serving(FULL, "short", {4: 4}, 1.99 * FEW_SHARE * TOP, current=present).counts == {4: 2}
     same_power = replace(
         FITTED.profile, points=tuple(replace(p, power_w=1000.0) for p in FITTED.profile.points), idle=()
     )
-    assert choose_serving(fit(same_power), "short", {4: 4}, 1.99 * TOP, current=present).counts == present
+    assert choose_serving(fit(same_power), "short", {4: 4}, 1.99 * FEW_SHARE * TOP, current=present).counts == present
     # It no longer carries the load.
     assert choose_serving(FITTED, "short", {4: 4}, 3.5 * TOP, current=present).counts == {4: 4}
 
