@@ -20,10 +20,13 @@ from controller.loop.planning import BURST_PAST_S, burst_rps, outgrown
 from controller.loop.state import PoolPlan, State, Turn
 from controller.policy.idle import Serving, choose_serving
 from controller.policy.routing import pools_for
+from controller.policy.routing.load import first_token_bound_s
 
 # Over which mean tokens of a request are taken: they change more slowly than its rate.
 TOKENS_S = 300.0
 BURST_EVERY_S = 60.0
+# Those on call begin at a low clock: only where a first token may take so long is a part of a burst left to them.
+PATIENT_S = 1.0
 
 
 def serves(state: State, instance: InstanceObservation) -> bool:
@@ -92,8 +95,8 @@ def with_bursts(state: State, rates: Mapping[str, float]) -> dict[str, float]:
 
 def _burst_to_serve(state: State, pool: str) -> float:
     """What of a burst is not left to those on call, in equivalent requests/s."""
-    share = state.settings.serve_burst_share if pool in state.bursty else 1.0
-    return share * state.burst_rps.get(pool, 0.0)
+    patient = pool in state.bursty and first_token_bound_s(state.profile, state.profile.group(pool)) >= PATIENT_S
+    return (state.settings.serve_burst_share if patient else 1.0) * state.burst_rps.get(pool, 0.0)
 
 
 def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:

@@ -56,8 +56,9 @@ class LoopSettings:
     # are kept serving for: a burst does not wait for the next tick. What goes beyond falls to those on standby, which
     # begin at a low clock.
     burst_deviations: float = 6.0
-    # Of what bursts may add, the share that instances serve and choose clocks for where others stand by on call: the
-    # rest reaches those at once. A low share fills batches and saves clocks, and moves first tokens nearer to the SLO.
+    # Of what bursts may add, the share that instances serve and choose clocks for where others stand by on call and
+    # first tokens are not urgent: the rest reaches those at once. A low share fills batches and saves clocks, and moves
+    # first tokens nearer to the SLO.
     serve_burst_share: float = 0.5
     # The load that decides who stands by is the larger of that over `load_window_s` and over this window.
     serve_window_s: float = 60.0

@@ -149,11 +149,14 @@ def test_only_where_bursts_are_larger_than_the_load_those_on_standby_are_on_call
         assert bursty.core.state.clocks[instance_id].mhz == lowest.mhz > 210
 
 
-def test_a_part_of_a_burst_is_left_to_those_on_call_where_there_are_any() -> None:
+def test_a_part_of_a_burst_is_left_to_those_on_call_where_first_tokens_may_wait() -> None:
     fleet = after_bursts()
     state = fleet.core.state
     assert fleet.on_call()
     burst_rps = state.burst_rps["all"]
+    assert with_bursts(state, {"all": 1.0}) == {"all": pytest.approx(1.0 + burst_rps)}
+    patient = replace(state.profile.slo, ttft_s_ms=1000.0, ttft_m_ms=1000.0)
+    state.profile = replace(state.profile, slo=patient)
     assert with_bursts(state, {"all": 1.0}) == {
         "all": pytest.approx(1.0 + state.settings.serve_burst_share * burst_rps)
     }

@@ -21,6 +21,10 @@ def load_of(held: int, pending_tokens: int) -> float:
 def readable_tokens(profile: Profile, group: ClassGroup, tp: int, share: float) -> float:
     """Prompt tokens that an instance reads within that share of the tightest first-token bound of its pool; infinite
     where prompts cost nothing. A prompt is read in proportion to the GPUs, as a rough guess."""
-    bound_s = min(profile.slo.ttft_ms(request_class.input) for request_class in group.classes) / 1e3
     token_s = profile.work.input_s * max(profile.tps) / tp
-    return share * bound_s / token_s if token_s > 0 else inf
+    return share * first_token_bound_s(profile, group) / token_s if token_s > 0 else inf
+
+
+def first_token_bound_s(profile: Profile, group: ClassGroup) -> float:
+    """The tightest of a pool's classes."""
+    return min(profile.slo.ttft_ms(request_class.input) for request_class in group.classes) / 1e3
