@@ -201,6 +201,7 @@ class Run:
             core.keep_journal(self.report.inputs.append)
         life = Life(core, term, self.now_s, free_since_s=self.now_s)
         self.lives.append(life)
+        self.rules.before_step(life)  # what it found recorded is no step of its own
         for scope, mode in self.modes.items():
             self.took(life, core.order(self.instant(), SetMode(scope, mode)))
         for budget in self.rough.budgets.values() if self.rough else ():
