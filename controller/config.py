@@ -207,6 +207,7 @@ class KnobsConfig(ConfigModel):
     instances: bool = True
     sharding: bool = True
     clocks: bool = True
+    standby: bool = Field(default=True, description="instances that the load does not need stand by, without requests")
     emergency: bool = Field(
         default=True, description="reorder, full clock, move, refuse when waiting requests are about to be late"
     )

@@ -48,7 +48,7 @@ FORECAST_HALF_LIFE_S = 25.0  # production: 300
 STALENESS = StalenessConfig(stale_s=3.0, lost_s=12.0, hold_s=60.0, load_window_s=5.0)
 
 CONTROL = KnobsConfig()
-STATIC = KnobsConfig(pools=False, instances=False, sharding=False, clocks=False)
+STATIC = KnobsConfig(pools=False, instances=False, sharding=False, clocks=False, standby=False)
 
 
 @dataclass(frozen=True)

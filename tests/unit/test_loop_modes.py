@@ -236,61 +236,6 @@ def test_what_was_told_to_go_stays_gone_until_its_node_shows_it(orders: tuple[Se
     assert again == ["stranger"], "and it is told again"
 
 
-def starting() -> tuple[Bench, StartInstance]:
-    """A fleet whose only start is under way."""
-    bench = Bench(nodes=1)
-    bench.see("a")
-    bench.instances["a"] = ()
-    (start,) = [effect for effect in bench.send(Tick(Level.INSTANCE)) if isinstance(effect, StartInstance)]
-    return bench, start
-
-
-# Of something else, of the thing itself and back, and of all.
-ORDERS = (
-    (SetMode("node:b", Mode.PAUSED),),
-    (SetMode("node:a", Mode.PAUSED), SetMode("node:a", Mode.ACTIVE)),
-    (SetMode("cluster", Mode.ADVISORY), SetMode("cluster", Mode.ACTIVE)),
-)
-
-
-@pytest.mark.parametrize("orders", ORDERS)
-def test_a_start_that_is_under_way_is_not_sent_again_whoever_orders_what(orders: tuple[SetMode, ...]) -> None:
-    bench, _ = starting()
-    for given in orders:
-        assert not [effect for effect in order(bench, given) if isinstance(effect, TOUCHING)]
-    assert not [effect for effect in tick(bench) if isinstance(effect, StartInstance)]
-
-
-@pytest.mark.parametrize("orders", ORDERS)
-def test_what_comes_of_it_is_seen(orders: tuple[SetMode, ...]) -> None:
-    bench, start = starting()
-    for given in orders:
-        order(bench, given)
-    bench.send(EffectDone(start.effect_id, ok=False, detail="g0 is held by process 77"))
-    assert bench.core.state.failures == {start.instance_id: 1}
-    assert bench.core.state.refusing["a"].failed == 1
-    assert [effect.instance_id for effect in tick(bench) if isinstance(effect, StartInstance)] == [start.instance_id]
-
-
-@pytest.mark.parametrize("orders", ORDERS)
-def test_what_was_told_to_go_stays_gone_until_its_node_shows_it(orders: tuple[SetMode, ...]) -> None:
-    """Else another would be let go as if this one carried its share."""
-    bench = serving()
-    (only,) = bench.instances["a"]
-    stranger = replace(only, instance_id="stranger", gpu_uuids=(), endpoint="http://stranger")
-    bench.instances["a"] = (only, stranger)
-    drains = [effect for effect in bench.see("a", only, stranger) if isinstance(effect, DrainInstance)]
-    assert [effect.instance_id for effect in drains] == ["stranger"]
-    for given in orders:
-        order(bench, given)
-    # Its sample was taken before it heard of that.
-    assert not [effect for effect in bench.send(Tick(Level.INSTANCE)) if isinstance(effect, DrainInstance)]
-    bench.send(EffectDone(drains[0].effect_id, ok=False, detail="no"))
-    assert "stranger" not in bench.core.state.draining
-    again = [effect.instance_id for effect in tick(bench) if isinstance(effect, DrainInstance)]
-    assert again == ["stranger"], "and it is told again"
-
-
 def test_planning_at_once_asks_every_level() -> None:
     bench = serving()
     before = len(bench.decided)
