@@ -313,7 +313,8 @@ class Rules:
         paused = {scope for scope, mode in run.modes.items() if mode is Mode.PAUSED}
         if all(f"pool:{pool}" in paused for pool in state.pools):
             return
-        free_s = run.now_s - max(life.free_since_s, run.reporting_since_s, run.modes_since_s)
+        # One that has met no node yet has nothing to decide on.
+        free_s = run.now_s - max(life.free_since_s, life.met_s, run.reporting_since_s, run.modes_since_s)
         patience_s = SETTINGS.lost_s + 2 * SETTINGS.pool_s + 5.0
         if free_s <= patience_s:
             return

@@ -82,6 +82,7 @@ class Life:
     held: list[Event] = field(default_factory=list)  # what waits in its queue while it is frozen
     heard_s: dict[str, float] = field(default_factory=dict)  # by node: of the newest sample that it was told
     load_heard_s: float = float("-inf")  # of the newest report that it was told
+    met_s: float = float("inf")  # when a node was heard for the first time
 
     def silent_s(self, node_id: str, now_s: float) -> float:
         """For how long it has not heard of a node; whatever it makes of that itself."""
@@ -214,6 +215,7 @@ class Run:
             life.held.append(event)
             return
         if isinstance(event, NodeSeen):
+            life.met_s = min(life.met_s, self.now_s)
             life.heard_s[event.observation.node_id] = event.observation.observed_at_s
             if self.rough is not None:
                 self.rough.circuit(life, event.observation.node_id).heard(self.now_s)
