@@ -114,7 +114,8 @@ class Core:
                 if budget.set_budget(turn, order):
                     self._plan_now(turn, "budget")
             case CorrectProfile():
-                correct(turn, order)
+                if correct(turn, order):
+                    self._plan_now(turn, "drift")
             case NoteEngines():
                 note_engines(turn, order)
         return self._step(turn)

@@ -41,8 +41,9 @@ def refit(state: State) -> None:
     state.capped_fits.clear()
 
 
-def correct(turn: Turn, order: CorrectProfile) -> None:
-    """Takes a correction, and says which kinds of instance have drifted from the profile."""
+def correct(turn: Turn, order: CorrectProfile) -> bool:
+    """Takes a correction, and says which kinds of instance have drifted from the profile. True when one more has: what
+    was planned with it was planned wrongly."""
     state = turn.state
     before, drifted_before = state.corrections, state.drifted
     state.corrections, state.drifted = dict(order.factors), set(order.drifted)
@@ -68,6 +69,7 @@ def correct(turn: Turn, order: CorrectProfile) -> None:
         inputs={"factors_before": _json(before), "profile": state.profile_checksum},
         outcome={"factors": _json(state.corrections), "drifted": [_say(kind) for kind in sorted(state.drifted)]},
     )
+    return bool(new)
 
 
 def note_engines(turn: Turn, order: NoteEngines) -> None:

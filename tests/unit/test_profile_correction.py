@@ -31,6 +31,7 @@ from controller.profile.correction import CorrectionSettings, bias_of
 from controller.profile.fit import fit
 from tests.synthetic_profile import synthetic_profile
 from tests.unit.test_loop_core import Bench, make, ready, starts
+from tests.unit.test_loop_serving import Fleet
 
 FITTED = fit(synthetic_profile())
 KIND = ("all", 8)
@@ -175,6 +176,20 @@ def test_drift_asks_for_a_calibration() -> None:
     assert bench.decisions[-1][1] is Reason.PROFILE_DRIFTED
     assert "dynamollm calibrate" in bench.core.state.sentences[Level.CLUSTER]
     assert "drifted for all TP8" in status_line(bench.core.state)
+
+
+def test_a_kind_that_drifts_is_planned_without_delay_and_one_that_only_moves_is_not() -> None:
+    fleet = Fleet()
+    fleet.serve(2.0, seconds=60)
+    state = fleet.core.state
+    kind = ("all", next(iter(state.layout.instances)).tp)
+    order(fleet, CorrectProfile({kind: 1.05}, ()))
+    assert not state.solving
+    order(fleet, CorrectProfile({kind: 1.2}, (kind,)))
+    assert {pending.trigger for pending in state.solving.values()} == {"drift"}
+    state.solving.clear()
+    order(fleet, CorrectProfile({kind: 1.25}, (kind,)))
+    assert not state.solving
 
 
 def test_another_engine_means_full_clocks_and_the_layout_held() -> None:
