@@ -85,7 +85,7 @@ def test_controlled_fleet_spends_like_energy_at_like_clocks(controlled: tuple[Wo
     # Within a dozen seconds one instance standing by a moment longer is several percent: real runs differ by 5 % among
     # themselves, and the virtual ones spend 4 to 12 % more.
     assert computed.energy_j == pytest.approx(measured.energy_j, rel=0.2)
-    # For the same reason: real runs had 988 to 1,127 MHz where the virtual one has 1,189, one instance at 210 MHz or not.
+    # For the same reason: real runs had 988 to 1,127 MHz where the virtual one has 1,189: one at 210 MHz more or less.
     assert computed.mean_sm_mhz == pytest.approx(measured.mean_sm_mhz, rel=0.25)
 
 
