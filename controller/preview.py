@@ -10,8 +10,9 @@ from controller.domain.decision import Decision
 from controller.domain.reasons import Mode
 from controller.fleet.port import EffectDone, Solve
 from controller.loop.core import Core, Step
+from controller.loop.demand import expected_demand
 from controller.loop.orders import PlanNow
-from controller.loop.planning import counts_json, expected_demand, wanted_counts
+from controller.loop.planning import counts_json, wanted_counts
 from controller.loop.snapshot import restore, settings_of
 from controller.loop.state import Instant
 from controller.policy.milp.plan import plan_for

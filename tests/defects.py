@@ -91,7 +91,7 @@ DEFECTS: dict[str, Defect] = {
         "controller.loop.core", "Core._effect_done", "del state.acting[done.effect_id]", "pass"
     ),
     "a past peak that changes with the moment of the look": Defect(
-        "controller.loop.planning",
+        "controller.loop.demand",
         "_binned_rps",
         "int(last - window.end_s // bin_s)",
         "int((now.monotonic_s - window.end_s) // bin_s)",

@@ -16,8 +16,9 @@ from controller.domain.decision import Json
 from controller.domain.reasons import Level, Mode, Reason
 from controller.fleet.port import ApplyCaps, CapTarget, EffectDone, ReleaseCaps
 from controller.loop import caps
+from controller.loop.demand import expected_demand
 from controller.loop.orders import CLUSTER_SCOPE, SetPowerBudget
-from controller.loop.planning import expected_demand, wanted_counts
+from controller.loop.planning import wanted_counts
 from controller.loop.state import Budget, CapCall, HeldCap, Instant, PendingSolve, State, Turn
 from controller.policy.budget import TOLERANCE_W, Allocation, GpuPower, NodesBudget, allocate, largest_share, next_caps
 from controller.policy.milp.problem import PlanProblem, PlanSolution

@@ -14,6 +14,7 @@ from controller.domain.reasons import Level, Reason
 from controller.fleet.port import Solve
 from controller.loop import budget
 from controller.loop import pool as pool_manager
+from controller.loop.demand import expected_demand
 from controller.loop.foresight import foresight_json
 from controller.loop.planning import (
     build_problem,
@@ -21,7 +22,6 @@ from controller.loop.planning import (
     demand_by_pool,
     drop_from_layout,
     expected_by_pool,
-    expected_demand,
     judged_json,
     lay_out,
     margin,

@@ -23,9 +23,10 @@ from controller.fleet.port import (
     Tick,
 )
 from controller.loop import budget, cluster, instance, modes, pool, provision, refusing
+from controller.loop.demand import foresee
 from controller.loop.load import LoadBook
 from controller.loop.orders import CorrectProfile, NoteEngines, NotePower, Order, PlanNow, SetMode, SetPowerBudget
-from controller.loop.planning import drop_from_layout, foresee, lay_out
+from controller.loop.planning import drop_from_layout, lay_out
 from controller.loop.profile_in_use import columns_of, correct, curves_of, note_engines
 from controller.loop.settings import LoopSettings
 from controller.loop.state import Instant, PoolPlan, State, Turn

@@ -12,13 +12,13 @@ from dataclasses import replace
 from controller.domain.reasons import Level, Reason
 from controller.fleet.port import Solve
 from controller.loop import budget, caps
+from controller.loop.demand import expected_demand
 from controller.loop.foresight import foresight_json
 from controller.loop.planning import (
     build_problem,
     counts_json,
     demand_by_pool,
     expected_by_pool,
-    expected_demand,
     judged_json,
     lay_out,
     margin,

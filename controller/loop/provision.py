@@ -13,8 +13,8 @@ from math import ceil
 from controller.domain.reasons import Level, Mode, Reason, Stage
 from controller.fleet.port import HOLDS_GPUS, EffectDone, NodeObservation, PowerNode
 from controller.loop import emergency
+from controller.loop.demand import Demand, expected_demand, needed_gpus
 from controller.loop.orders import CLUSTER_SCOPE, NODE_PREFIX, NotePower
-from controller.loop.planning import Demand, expected_demand, needed_gpus
 from controller.loop.state import PoweredNode, State, Turn
 from controller.policy.provision import (
     Change,

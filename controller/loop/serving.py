@@ -16,7 +16,7 @@ from controller.fleet.port import InstanceObservation, InstanceState
 from controller.loop import emergency, modes
 from controller.loop import pool as pool_manager
 from controller.loop.caps import fit_of_pool
-from controller.loop.planning import BURST_PAST_S, burst_rps, outgrown
+from controller.loop.demand import BURST_PAST_S, burst_rps, outgrown
 from controller.loop.state import PoolPlan, State, Turn
 from controller.policy.idle import Serving, choose_serving
 from controller.policy.routing import pools_for

@@ -41,7 +41,7 @@ from controller.loop.settings import Knobs, LoopSettings
 from controller.loop.state import Instant, Turn
 from controller.policy.milp.plan import plan_for
 from controller.policy.transition import ActualInstance, CapacityModel, next_steps
-from controller.profile.table import SERVING, Actuator, ActuatorRow
+from controller.profile.table import SERVING, Actuator, ActuatorRow, StartCost
 from controller.store.records import PlanRecord
 from tests.synthetic_profile import MODEL, synthetic_profile
 
@@ -143,6 +143,42 @@ def test_a_configured_initial_load_gives_a_smaller_fleet() -> None:
     bench.see("b")
     started = starts(bench.send(Tick(Level.INSTANCE)))
     assert 0 < sum(len(effect.gpu_uuids) for effect in started) < 16
+
+
+def starting_in(start_s: float, **changes: object) -> Bench:
+    profile = synthetic_profile()
+    starts_of = {tp: StartCost(start_s, 1000.0 * tp) for tp in profile.tps}
+    return Bench(Core(settings(**changes), replace(profile, starts=starts_of), term=3, expected_nodes=4))
+
+
+def test_a_load_that_nobody_has_seen_gets_the_more_the_longer_a_start_takes() -> None:
+    gpus = []
+    for start_s in (0.0, 180.0, 420.0):
+        bench = starting_in(start_s, initial_rps={MS: 2.0})
+        for node in "abcd":
+            bench.see(node)
+        gpus.append(sum(len(effect.gpu_uuids) for effect in starts(bench.send(Tick(Level.INSTANCE)))))
+    assert gpus == sorted(set(gpus))
+
+
+@pytest.mark.parametrize(("watched_s", "gives_away"), [(100, False), (170, False), (400, True)])
+def test_nothing_is_given_away_before_the_load_was_watched_for_as_long_as_a_start_takes(
+    watched_s: int, gives_away: bool
+) -> None:
+    bench = starting_in(180.0, initial_rps={MS: 8.0}, pool_s=900, cluster_s=1800, max_starts_at_once=16)
+    for node in "abcd":
+        bench.see(node)
+    started = starts(bench.send(Tick(Level.INSTANCE)))
+    for second in range(1, watched_s):
+        bench.wait(1)
+        bench.send(load(bench.now_s, second))  # a sixth of what was expected
+        if second % 5 == 0:
+            for node in "abcd":
+                bench.see(node, *(ready(effect) for effect in started if effect.node_id == node))
+    bench.send(Tick(Level.POOL))
+    bench.send(Tick(Level.INSTANCE))
+    drained = [e for step in bench.steps for e in step.effects if isinstance(e, DrainInstance)]
+    assert bool(drained) is gives_away
 
 
 def test_a_start_is_not_repeated_while_it_is_under_way() -> None:

@@ -26,8 +26,8 @@ from controller.fleet.port import (
     Tick,
 )
 from controller.loop.core import Core
+from controller.loop.demand import Demand, ahead_s, expected_demand
 from controller.loop.load import ClassWindow, LoadWindow
-from controller.loop.planning import Demand, ahead_s, expected_demand
 from controller.loop.settings import LoopSettings
 from controller.loop.snapshot import restore, take, week_of
 from controller.loop.state import Instant, State
