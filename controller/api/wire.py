@@ -57,6 +57,7 @@ def routing_to_wire(table: RoutingTable) -> pb.WatchRoutingResponse:
                         accepts_new=instance.accepts_new,
                         marginal_joules=instance.marginal_j,
                         standby_load=instance.standby_load,
+                        rank_load=instance.rank_load,
                     )
                     for instance in pool.instances
                 ],
@@ -90,6 +91,7 @@ def routing_from_wire(message: pb.WatchRoutingResponse) -> RoutingTable:
                     accepts_new=instance.accepts_new,
                     marginal_j=tuple(instance.marginal_joules),
                     standby_load=instance.standby_load,
+                    rank_load=instance.rank_load,
                 )
                 for instance in pool.instances
             ),

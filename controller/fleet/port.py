@@ -238,6 +238,8 @@ class RoutedInstance:
     # 0: it serves. Otherwise it stands by, loaded, and is weighed as if it had this load beside its own: a burst that
     # those that serve cannot take reaches it at once, without waiting for a tick.
     standby_load: float = 0.0
+    # The same of one that serves, so that those before it fill first: their batches decode together. 0: nobody is.
+    rank_load: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,8 @@ def _take_steps(turn: Turn) -> None:
         actual,
         frozenset(gpu.uuid for node in state.placeable_nodes(now_s) for gpu in node.gpus if gpu.usable),
         _capacity(turn, rates),
-        TransitionSettings(),
+        # Under a power budget nothing is held longer than the load needs.
+        TransitionSettings(make_first=not state.budgets),
         # A layout that only saves energy is worth no gap. One that was too small is left even through a gap, least
         # harm first: the alternative is to stay on it for ever.
         allow_shortfall=state.layout_forced,
@@ -309,7 +310,7 @@ def _publish(turn: Turn, position: int, renew: bool) -> None:
     ]
     if not working and state.routing is None:
         return  # nothing to route to yet; gateways keep what an earlier controller gave them
-    pools = routed_pools(state.fit, state.settings.model, _groups(turn), tuple(working))
+    pools = routed_pools(state.fit, state.settings.model, _groups(turn), tuple(working), state.bursty)
     pools = emergency.with_orders(state, pools, turn.now.monotonic_s)
     version = state.routing.version + 1 if state.routing else 1
     if state.routing is not None and state.routing.pools == pools:

@@ -80,7 +80,7 @@ def _take(state: State, book: PaceBook, now_s: float) -> None:
             book.unsure.add(pool)
             continue
         mhz = chosen.mhz if chosen is not None and chosen.mhz is not None else state.profile.full_mhz
-        held = book.held.setdefault((pool, instance.tp, mhz), Held())
+        held = book.held.setdefault((pool, instance.tp, mhz, instance.instance_id), Held())
         held.running += instance.running
         held.ticks += 1
 
@@ -88,7 +88,7 @@ def _take(state: State, book: PaceBook, now_s: float) -> None:
 def _close(state: State, book: PaceBook, now_s: float) -> None:
     """Adds the window of every pool that it can tell of, and the fleet's where it can tell of all that serve."""
     tokens = _tokens_per_s(state, now_s, now_s - book.began_s)
-    serving = {pool for pool, _, _ in book.held} | book.unsure
+    serving = {pool for pool, *_ in book.held} | book.unsure
     compared: dict[str, PaceWindow] = {}
     loaded: set[str] = set()
     for group in state.profile.groups:
@@ -124,7 +124,7 @@ def _implied_rps(state: State, book: PaceBook, group: ClassGroup, share: float) 
     carried = max(1.0, carried_share(sum(held.ticks for held in mine.values()) // book.ticks))
     total = 0.0
     for key, held in mine.items():
-        curve = state.fit.curve(*key)
+        curve = state.fit.curve(*key[:3])
         if curve is None:
             return None
         total += implied_rps(curve, held.running / held.ticks / share / carried) * held.ticks / book.ticks

@@ -113,6 +113,9 @@ class TransitionSettings:
     max_drains_per_pool: int = 1
     max_drain_share: float = 0.2
     max_attempts: int = 3  # starts of one wanted instance before it is given up
+    # A pool gives nothing away whose GPUs nobody waits for before what comes up for it is there: the load of the moment
+    # says what is missed at once, and not what the pool holds in reserve for the next.
+    make_first: bool = True
     # A forced break may miss this many times what standing still misses: it lasts a drain and a start, while standing
     # still lasts until the load changes.
     max_break_ratio: float = 2.0
@@ -154,10 +157,11 @@ def next_steps(
     growing, given_up = _grow(plan, there, usable_gpus, settings)
     leaving = [step for i in there if (step := _leave(i, plan.get(i.instance_id))) is not None]
     labels, drains = _label_changes(plan, there), _drains(plan, there, growing)
+    drains, later = _for_later(drains, growing) if settings.make_first else (drains, [])
     # Another partition of the classes is another label on many at once: one after the other there may be no way.
     at_once, singly = (labels, []) if _may_all(labels, serving, capacity) else ([], labels)
     taken, held_back = _take(singly + drains, serving, capacity, _draining(there), settings)
-    steps = [*growing, *leaving, *at_once, *taken]
+    steps = [*growing, *leaving, *at_once, *taken, *(_held_back(change, stuck=False) for change in later)]
 
     moving = any(s.kind is not StepKind.WAIT or s.reason in _UNDER_WAY for s in steps)
     stuck = bool(held_back) and not moving
@@ -318,6 +322,14 @@ def _drains(plan: Mapping[str, PlannedInstance], there: list[ActualInstance], gr
     unwanted = [i for i in there if i.state is InstanceState.READY and i.instance_id not in plan]
     unwanted.sort(key=lambda i: (awaited.isdisjoint(i.gpu_uuids), i.instance_id))
     return [_actual(StepKind.DRAIN, i, StepReason.RETIRE, "is not wanted any more: drains") for i in unwanted]
+
+
+def _for_later(drains: list[Step], growing: list[Step]) -> tuple[list[Step], list[Step]]:
+    """Which drains may be looked at now, and which wait until what comes up for their pool is there."""
+    awaited = {u for s in growing if s.reason is StepReason.WAITING_FOR_GPU for u in s.gpu_uuids}
+    coming = {s.pool for s in growing if s.kind is StepKind.START or s.reason is StepReason.WAITING_FOR_READY}
+    later = [change for change in drains if change.pool in coming and awaited.isdisjoint(change.gpu_uuids)]
+    return [change for change in drains if change not in later], later
 
 
 def _draining(there: list[ActualInstance]) -> Counter[str]:

@@ -73,10 +73,10 @@ UNKNOWN = Pace(1.0, inf, 0)
 
 @dataclass(slots=True)
 class Held:
-    """Of a pool's instances of one kind at one clock."""
+    """Of an instance at one clock."""
 
-    running: float = 0.0  # summed over instances and ticks
-    ticks: int = 0  # of each instance
+    running: float = 0.0  # summed over ticks
+    ticks: int = 0
 
 
 @dataclass(slots=True)
@@ -85,7 +85,9 @@ class PaceBook:
 
     began_s: float = float("-inf")
     ticks: int = 0
-    held: dict[tuple[str, int, int], Held] = field(default_factory=dict)  # by pool, tp and clock
+    # By pool, tp, clock and instance: those that fill first hold more than the others, and a batch twice as large is not
+    # that of twice the load.
+    held: dict[tuple[str, int, int, str], Held] = field(default_factory=dict)
     unsure: set[str] = field(default_factory=set)
     loaded: set[str] = field(default_factory=set)  # pools that had load in the window before
     windows: dict[str, deque[PaceWindow]] = field(default_factory=dict)

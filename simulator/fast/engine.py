@@ -95,7 +95,7 @@ def hold(front: Record, more: int, prompt_tokens: int, fleet: Record) -> None:
     front.pending += prompt_tokens
     load = front.held + 1 + front.pending / fleet.prompt_tokens
     room = front.held < front.limit and front.pending < front.most_pending
-    front.score = (load + front.standby_load) / front.weight if room else inf
+    front.score = (load + front.besides) / front.weight if room else inf
 
 
 @part

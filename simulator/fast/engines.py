@@ -319,9 +319,9 @@ class FastEngines:
                 limit = limits.get(instance.instance_id, instance.max_in_flight)
                 front["weight"], front["limit"] = instance.weight, min(limit, instance.max_in_flight)
                 front["most_pending"] = most_pending.get(instance.instance_id, NO_LIMIT)
-                front["standby_load"] = instance.standby_load
+                front["besides"] = besides = instance.standby_load + instance.rank_load
                 room = front["held"] < front["limit"] and front["pending"] < front["most_pending"]
-                load = load_of(int(front["held"]), int(front["pending"])) + instance.standby_load
+                load = load_of(int(front["held"]), int(front["pending"])) + besides
                 front["score"] = load / front["weight"] if room else inf
         for number, request_class in enumerate(ALL_CLASSES):
             preference = [self._pools[pool.name] for pool in pools_for(pools, request_class)]

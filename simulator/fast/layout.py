@@ -59,7 +59,7 @@ FRONT = np.dtype(
         ("end_s", "f8"),  # of the run in flight; inf while idle
         ("score", "f8"),  # the least is routed to, its load per weight (controller/policy/routing/); inf without room
         ("weight", "f8"),
-        ("standby_load", "f8"),  # that it is taken to have beside its own; 0: it serves
+        ("besides", "f8"),  # load that it is taken to have beside its own
         ("held", "i8"),  # requests routed here that have not finished
         ("pending", "i8"),  # prompt tokens of those without a first token
         ("limit", "i8"),

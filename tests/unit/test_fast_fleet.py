@@ -149,9 +149,12 @@ def start(instance: str, node: int, first: int, tp: int) -> StartInstance:
 
 
 def routing(
-    version: int, **pools: dict[str, tuple[int, float, bool] | tuple[int, float, bool, float]]
+    version: int,
+    **pools: dict[
+        str, tuple[int, float, bool] | tuple[int, float, bool, float] | tuple[int, float, bool, float, float]
+    ],
 ) -> PublishRouting:
-    """Pools by name; their instances' limits, weights, whether they take new requests, and their standby load."""
+    """Pools by name; their instances' limits, weights, whether they take new requests, their standby and rank loads."""
     groups = {"short": by_input("short", "SM"), "long": by_input("long", "L"), "all": by_input("all", "SML")}
     routed = tuple(
         RoutedPool(
@@ -159,7 +162,9 @@ def routing(
             MODEL,
             groups[name].classes,
             tuple(
-                RoutedInstance(i, "", 1, limit, weight, takes, standby_load=sum(standby))
+                RoutedInstance(
+                    i, "", 1, limit, weight, takes, standby_load=sum(standby[:1]), rank_load=sum(standby[1:])
+                )
                 for i, (limit, weight, takes, *standby) in sorted(members.items())
             ),
         )
@@ -184,7 +189,7 @@ SCRIPT: dict[float, list[Effect]] = {
         DrainInstance("drain-a", "node-0", "a", ""),
         StopInstance("stop-a-too-early", "node-0", "a", ""),
     ],
-    19.0: [routing(3, all={"b": (6, 4.0, True), "c": (12, 6.0, True, 8.0), "d": (3, 2.0, True)})],
+    19.0: [routing(3, all={"b": (6, 4.0, True), "c": (12, 6.0, True, 8.0), "d": (3, 2.0, True, 0.0, 3.0)})],
     20.0: [ReleaseClocks("r", "node-1", gpus(1, 0, 2), "")],
     24.0: [StopInstance("stop-a", "node-0", "a", "")],
     28.0: [start("e", 0, 0, 2)],

@@ -110,6 +110,24 @@ def test_who_is_on_call_is_asked_once_those_that_serve_hold_more_than_a_share_of
     assert by_energy[0] is serves
 
 
+def test_those_that_serve_a_pool_of_bursts_fill_one_after_the_other() -> None:
+    members = [routable(name, "short") for name in "abc"] + [replace(routable("w", "short"), on_call=True)]
+    (pool,) = routed_pools(FITTED, MODEL, (SHORT,), members, {"short"})
+    a, b, c, waits = pool.instances
+    assert 0.0 == a.rank_load < b.rank_load < c.rank_load < waits.standby_load
+    assert waits.rank_load == 0.0
+    # Those that decode gather at the first, up to what sets the next one apart.
+    gathered = int(b.rank_load)
+    assert choose(pool, Seen({"a": gathered})) == (a, Decided.LOAD)
+    assert choose(pool, Seen({"a": gathered + 1})) == (b, Decided.LOAD)
+    # A prompt to read there sends the next request on.
+    unread = round((b.rank_load + 1) * PROMPT_TOKENS_PER_REQUEST)
+    assert choose(pool, Seen({}, {"a": unread})) == (b, Decided.LOAD)
+    # Elsewhere all are filled alike.
+    (even,) = routed_pools(FITTED, MODEL, (SHORT,), members, {"long"})
+    assert {each.rank_load for each in even.instances} == {0.0}
+
+
 def test_prompts_to_be_read_weigh_until_their_first_token() -> None:
     pool = pool_of(routed("a"), routed("b"))
     tokens = round(PROMPT_TOKENS_PER_REQUEST)

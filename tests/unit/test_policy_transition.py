@@ -106,6 +106,30 @@ def test_grows_before_it_shrinks() -> None:
     assert of_kind(after, StepKind.DRAIN) == ["old"]
 
 
+def test_what_comes_up_for_a_pool_is_there_before_anything_of_it_goes_though_nothing_arrives_just_now() -> None:
+    wanted = Layout((planned("new", "short", 1, 0, 4),))
+    old, other = actual("old", "short", 0, 0, 8), actual("other", "long", 2, 0, 8)
+    quiet = replace(demand(), work={key: 1.0 for key in demand().work if key[0] == "short"})
+    for coming in ((), (actual("new", "short", 1, 0, 4, STARTING),)):
+        steps = next_steps(wanted, (old, other, *coming), GPUS, quiet)
+        assert of_kind(steps, StepKind.DRAIN) == ["other"], "nothing comes up for its pool"
+        assert StepReason.WAITING_FOR_READY in {s.reason for s in steps.steps if s.instance_id == "old"}
+        at_once = TransitionSettings(make_first=False)
+        drains = of_kind(
+            next_steps(wanted, (old, actual("b", "short", 2, 0, 8), *coming), GPUS, quiet, at_once), StepKind.DRAIN
+        )
+        assert drains, "as under a power budget"
+    there = next_steps(wanted, (old, actual("new", "short", 1, 0, 4)), GPUS, quiet)
+    assert of_kind(there, StepKind.DRAIN) == ["old"]
+
+
+def test_whoever_holds_gpus_that_others_wait_for_goes_as_soon_as_the_demand_allows() -> None:
+    wanted = Layout((planned("new", "all", 0, 0, 8), planned("more", "all", 1, 0, 4)))
+    steps = next_steps(wanted, (actual("a", "all", 0, 0, 8), actual("b", "all", 2, 0, 8)), GPUS, demand(short=2.0))
+    assert of_kind(steps, StepKind.START) == ["more"]
+    assert of_kind(steps, StepKind.DRAIN) == ["a"]
+
+
 def test_drains_at_once_what_the_demand_does_not_need() -> None:
     there = (actual("a", "all", 0, 0, 8), actual("b", "all", 1, 0, 8))
     wanted = Layout((planned("a", "all", 0, 0, 8),))

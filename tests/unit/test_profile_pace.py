@@ -16,6 +16,7 @@ from controller.fleet.port import ClassCounters, InstanceObservation, LoadObserv
 from controller.loop.core import Core
 from controller.loop.journal import JournaledCore
 from controller.loop.orders import NoteEngines, SetMode, SetPowerBudget
+from controller.loop.pace import _implied_rps
 from controller.loop.profile_in_use import curves_of, status_line
 from controller.loop.snapshot import restore, take
 from controller.loop.state import Instant
@@ -23,7 +24,9 @@ from controller.policy.idle import carried_share
 from controller.profile.fit import fit
 from controller.profile.pace import (
     UNKNOWN,
+    Held,
     Pace,
+    PaceBook,
     PaceSettings,
     PaceWindow,
     drifted,
@@ -298,6 +301,18 @@ def test_what_cannot_be_compared_is_not(what: str) -> None:
     world.minutes(12, replace(ready(world.start), running=None) if what == "unknown batch" else None)
     assert world.core.state.paces == {}
     assert not world.core.state.pace.windows
+
+
+def test_of_unequal_batches_each_counts_for_itself() -> None:
+    """Little's law holds for each: a large batch beside an empty one is not the batches of two half loads."""
+    curve = FITTED.curve("all", 8, 1980)
+    assert curve is not None
+    running = curve.running(6.0)
+    assert running is not None
+    book = PaceBook(ticks=12)
+    book.held = {("all", 8, 1980, "a"): Held(12 * running, 12), ("all", 8, 1980, "b"): Held(0.0, 12)}
+    state = make(nodes=1).core.state
+    assert _implied_rps(state, book, PROFILE.group("all"), 1.0) == pytest.approx(6.0)
 
 
 def test_many_that_share_a_load_may_each_hold_more() -> None:

@@ -73,7 +73,8 @@ def choose(pool: RoutedPool, seen: Seen, weights: Weights = BY_LOAD) -> tuple[Ro
         if not instance.accepts_new or held >= instance.max_in_flight:
             continue
         candidates += 1
-        score = (load_of(held, pending_tokens.get(name, 0)) + instance.standby_load) / instance.weight
+        load = load_of(held, pending_tokens.get(name, 0)) + instance.standby_load + instance.rank_load
+        score = load / instance.weight
         if best is None or score < best_score or (score == best_score and name < best.instance_id):
             best, best_score = instance, score
     if best is None:

@@ -54,7 +54,7 @@ class Seen:
     def load_per_weight(self, instance: RoutedInstance) -> float:
         name = instance.instance_id
         load = load_of(self.in_flight.get(name, 0), self.pending_tokens.get(name, 0))
-        return (load + instance.standby_load) / instance.weight
+        return (load + instance.standby_load + instance.rank_load) / instance.weight
 
 
 def marginal_j(instance: RoutedInstance, held: int) -> float | None:

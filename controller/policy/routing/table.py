@@ -6,8 +6,8 @@ Made by the instance manager whenever who serves has changed; nothing in it depe
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from math import ceil, inf
 
 import numpy as np
@@ -38,28 +38,52 @@ IN_FLIGHT_HEADROOM = 1.25
 UNPROFILED_IN_FLIGHT_PER_GPU = 8
 # Share of the time to a first token for which those that serve may have prompts to read before one on standby is asked.
 # The more, the fuller batches are, and the later first tokens.
-ON_CALL_SHARE = 0.25
+ON_CALL_SHARE = 0.5
+# Of that, the share for which the last of those that serve is left alone where they fill one after the other; those
+# between the first and the last lie evenly between.
+FILL_SHARE = 0.5
 # Loads at which the marginal energy is taken from the profile, and intervals of an instance's limit it is told for.
 _LOADS = 9
 MARGINAL_STEPS = 16
 
 
 def routed_pools(
-    fit: ProfileFit | None, model: str, groups: Iterable[ClassGroup], instances: Iterable[RoutableInstance]
+    fit: ProfileFit | None,
+    model: str,
+    groups: Iterable[ClassGroup],
+    instances: Iterable[RoutableInstance],
+    filling: Collection[str] = (),
 ) -> tuple[RoutedPool, ...]:
     """The pools of a routing table, by name; instances by id. A group without instances is still listed. Without a
-    profile instances weigh by their GPUs."""
+    profile instances weigh by their GPUs. In the pools named in `filling` those that serve fill one after the other."""
     members: dict[str, list[RoutableInstance]] = defaultdict(list)
-    for instance in instances:
+    for instance in sorted(instances, key=lambda i: i.instance_id):
         members[instance.pool].append(instance)
     return tuple(
         RoutedPool(
             name=group.name,
             model=model,
             classes=group.classes,
-            instances=tuple(_routed(fit, i) for i in sorted(members[group.name], key=lambda i: i.instance_id)),
+            instances=_ranked(fit, members[group.name])
+            if group.name in filling
+            else tuple(_routed(fit, instance) for instance in members[group.name]),
         )
         for group in sorted(groups, key=lambda g: g.name)
+    )
+
+
+def _ranked(fit: ProfileFit | None, instances: Iterable[RoutableInstance]) -> tuple[RoutedInstance, ...]:
+    """Requests that are few and come in bursts would each decode alone where the least is held. Filled one after the
+    other, instances read the weights for several at a time; who has prompts to read is passed over."""
+    members = tuple(instances)
+    serving = [each.instance_id for each in members if each.accepts_new and not each.on_call]
+    ranks = {instance_id: rank / len(serving) for rank, instance_id in enumerate(serving)}
+    return tuple(
+        replace(
+            _routed(fit, each),
+            rank_load=FILL_SHARE * ranks.get(each.instance_id, 0.0) * standby_load(fit, each.pool, each.tp),
+        )
+        for each in members
     )
 
 

@@ -289,6 +289,7 @@ class RoutingInstance(_message.Message):
     ACCEPTS_NEW_FIELD_NUMBER: _builtins.int
     MARGINAL_JOULES_FIELD_NUMBER: _builtins.int
     STANDBY_LOAD_FIELD_NUMBER: _builtins.int
+    RANK_LOAD_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     endpoint: _builtins.str
     tensor_parallel: _builtins.int
@@ -302,6 +303,8 @@ class RoutingInstance(_message.Message):
     """0: it serves. Otherwise it stands by, loaded, and is weighed as if it had this load beside its own (in requests, as
     policy/routing/load.py counts it): it gets something once all that serve hold more, as in a burst.
     """
+    rank_load: _builtins.float
+    """Load that it is likewise taken to have so that those before it in its pool fill first; 0: nobody is before it."""
     @_builtins.property
     def marginal_joules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Joules of one request more, holding 0, 1/n ... n/n of max_in_flight; empty: no profile tells."""
@@ -317,10 +320,11 @@ class RoutingInstance(_message.Message):
         accepts_new: _builtins.bool = ...,
         marginal_joules: _abc.Iterable[_builtins.float] | None = ...,
         standby_load: _builtins.float = ...,
+        rank_load: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_new", b"accepts_new", "endpoint", b"endpoint", "instance_id", b"instance_id", "marginal_joules", b"marginal_joules", "max_in_flight", b"max_in_flight", "standby_load", b"standby_load", "tensor_parallel", b"tensor_parallel", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_new", b"accepts_new", "endpoint", b"endpoint", "instance_id", b"instance_id", "marginal_joules", b"marginal_joules", "max_in_flight", b"max_in_flight", "rank_load", b"rank_load", "standby_load", b"standby_load", "tensor_parallel", b"tensor_parallel", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
