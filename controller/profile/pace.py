@@ -85,7 +85,7 @@ class PaceBook:
 
     began_s: float = float("-inf")
     ticks: int = 0
-    # By pool, tp, clock and instance: those that fill first hold more than the others, and a batch twice as large is not
+    # By pool, tp, clock and instance: those that fill first hold more than others, and a batch twice as large is not
     # that of twice the load.
     held: dict[tuple[str, int, int, str], Held] = field(default_factory=dict)
     unsure: set[str] = field(default_factory=set)
