@@ -25,6 +25,7 @@ PEAK_S = 60.0
 BURST_S = 5.0
 BURST_PAST_S = 900.0
 LEAST_BURST_SPANS = 24  # of fewer a variance says little
+BURST_HALF_LIFE_S = 3600.0  # what a burst needed counts half after so long
 # Variance over mean of independent arrivals whose requests differ in work as those of a chat do; 1 where all are equal.
 INDEPENDENT = 2.5
 # Share of the GPUs that reserves may make the plan use: the rest is what whole instances leave over.
@@ -202,10 +203,14 @@ def pool_demand(state: State, now: Instant, demand: Demand, pool: str) -> tuple[
 
 
 def _kept_rps(state: State, pool: str, demand: Demand) -> float:
-    """What the present plan carries, while the load was watched for less than it takes to bring back what is given away
-    (or to know its bursts); 0 later."""
-    watched = demand.seen_s >= max(_longest_start_s(state), LEAST_BURST_SPANS * BURST_S)
-    return 0.0 if watched or pool not in state.pools else _capacity_rps(state, pool, state.pools[pool].counts)
+    """What of the present plan is kept though nothing asks for it: all, while the load was watched for less than it
+    takes to bring back what is given away (or to know its bursts); later what remembered bursts needed."""
+    if pool not in state.pools:
+        return 0.0
+    capacity_rps = _capacity_rps(state, pool, state.pools[pool].counts)
+    if demand.seen_s < max(_longest_start_s(state), LEAST_BURST_SPANS * BURST_S):
+        return capacity_rps
+    return min(capacity_rps, state.burst_needed_rps.get(pool, 0.0) / state.settings.reserve_fill)
 
 
 def _capacity_rps(state: State, pool: str, counts: Mapping[int, int]) -> float:
@@ -265,6 +270,30 @@ def burst_rps(state: State, now: Instant, pool: str, mean_tokens: Mapping[Reques
     variance = sum(steps) / max(1, len(steps)) / 2
     excess = variance - INDEPENDENT * mean_rps / BURST_S
     return state.settings.burst_deviations * sqrt(max(0.0, excess))
+
+
+def remember_bursts(
+    state: State,
+    now: Instant,
+    means_rps: Mapping[str, float],
+    mean_tokens: Mapping[RequestClass, tuple[float, float]],
+    passed_s: float,
+) -> None:
+    """Looks for bursts in the pools whose mean loads are given, `passed_s` after the last look. Where they exceed
+    the mean, they are forgotten slowly: silence for a quarter of an hour does not say that no other comes."""
+    left = 0.5 ** (passed_s / BURST_HALF_LIFE_S)
+    burst_by_pool: dict[str, float] = {}
+    needed_by_pool: dict[str, float] = {}
+    for pool, mean_rps in means_rps.items():
+        sudden_rps = burst_rps(state, now, pool, mean_tokens)
+        needed_rps = left * state.burst_needed_rps.get(pool, 0.0)
+        if sudden_rps > mean_rps:
+            needed_rps = max(needed_rps, sudden_rps + _peak_rps(state, now, pool, mean_tokens, BURST_PAST_S))
+        if needed_rps > 2 * mean_rps:
+            sudden_rps = max(sudden_rps, left * state.burst_rps.get(pool, 0.0))
+        burst_by_pool[pool], needed_by_pool[pool] = sudden_rps, needed_rps
+    state.burst_rps, state.burst_needed_rps = burst_by_pool, needed_by_pool
+    state.bursty = frozenset(pool for pool, rps in needed_by_pool.items() if rps > 2 * means_rps[pool])
 
 
 def _peak_rps(

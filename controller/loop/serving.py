@@ -16,7 +16,7 @@ from controller.fleet.port import InstanceObservation, InstanceState
 from controller.loop import emergency, modes
 from controller.loop import pool as pool_manager
 from controller.loop.caps import fit_of_pool
-from controller.loop.demand import BURST_PAST_S, burst_rps, outgrown
+from controller.loop.demand import BURST_PAST_S, outgrown, remember_bursts
 from controller.loop.state import PoolPlan, State, Turn
 from controller.policy.idle import Serving, choose_serving
 from controller.policy.routing import pools_for
@@ -75,9 +75,10 @@ def look_at_bursts(turn: Turn, rates: Mapping[str, float] | None) -> None:
     state.burst_seen_s = now.monotonic_s
     tokens = state.load.mean_tokens(now.monotonic_s, BURST_PAST_S)
     known = {group.name for group in state.profile.groups}
-    state.burst_rps = {pool: burst_rps(state, now, pool, tokens) for pool in sorted(rates) if pool in known}
     means = pool_rates(turn, BURST_PAST_S) or {}
-    state.bursty = frozenset(pool for pool, rps in state.burst_rps.items() if rps > means.get(pool, 0.0))
+    remember_bursts(
+        state, now, {pool: means.get(pool, 0.0) for pool in sorted(rates) if pool in known}, tokens, BURST_EVERY_S
+    )
 
 
 def with_bursts(state: State, rates: Mapping[str, float]) -> dict[str, float]:

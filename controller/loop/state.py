@@ -159,8 +159,10 @@ class State:
     draining: set[str] = field(default_factory=set)
     # Ready instances that get no requests: the load does not need them now.
     standby: set[str] = field(default_factory=set)
-    # By pool: what bursts may add to the load within seconds, in equivalent requests/s; and when it was looked at last.
+    # By pool, in equivalent requests/s: what bursts may add to the load within seconds, and what must be there for them
+    # in all; and when it was looked at last.
     burst_rps: dict[str, float] = field(default_factory=dict)
+    burst_needed_rps: dict[str, float] = field(default_factory=dict)
     burst_seen_s: float = float("-inf")
     # Pools whose bursts are larger than their mean load: there those that stand by are on call.
     bursty: frozenset[str] = frozenset()

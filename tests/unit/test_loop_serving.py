@@ -9,8 +9,10 @@ import pytest
 from controller.domain.reasons import Level, Mode
 from controller.fleet.port import Effect, InstanceObservation, Tick
 from controller.loop.core import Core
+from controller.loop.demand import expected_demand, pool_demand
 from controller.loop.serving import with_bursts
 from controller.loop.settings import Knobs
+from controller.loop.state import Instant
 from controller.profile.fit import fit
 from controller.profile.table import IdlePoint
 from tests.synthetic_profile import synthetic_profile
@@ -147,6 +149,34 @@ def test_only_where_bursts_are_larger_than_the_load_those_on_standby_are_on_call
     for instance_id in bursty.on_call():
         lowest = bursty.core.state.fit.clocks("all", tps[instance_id])[0]
         assert bursty.core.state.clocks[instance_id].mhz == lowest.mhz > 210
+
+
+def test_bursts_are_remembered_through_a_silence_and_forgotten_by_half_in_an_hour() -> None:
+    fleet = after_bursts()
+    state = fleet.core.state
+    burst_rps, needed_rps = state.burst_rps["all"], state.burst_needed_rps["all"]
+    assert needed_rps > burst_rps > 0
+    fleet.serve(0.0, seconds=3600)
+    assert state.bursty == {"all"}, "whoever stands by is reached by the next one at once"
+    # Bursts are looked for over a quarter of an hour: until then they are not remembered, but seen.
+    for now_rps, then_rps in ((state.burst_rps["all"], burst_rps), (state.burst_needed_rps["all"], needed_rps)):
+        assert now_rps == pytest.approx(then_rps * 0.5 ** (2700 / 3600), rel=0.2)
+    demand = expected_demand(state, Instant(fleet.now_s, 0.0), 60.0)
+    assert demand is not None
+    kept, _ = pool_demand(state, Instant(fleet.now_s, 0.0), demand, "all")
+    assert kept.rate_rps == pytest.approx(state.burst_needed_rps["all"] / state.settings.reserve_fill)
+    # It keeps what is planned, and asks for no more.
+    state.burst_needed_rps["all"] = 1e6
+    kept, _ = pool_demand(state, Instant(fleet.now_s, 0.0), demand, "all")
+    planned = sum(n * state.fit.max_rate_rps("all", tp) for tp, n in state.pools["all"].counts.items())
+    assert kept.rate_rps == pytest.approx(planned)
+
+
+def test_a_steady_load_leaves_nothing_to_remember() -> None:
+    fleet = cheap_standby()
+    fleet.serve(PLANNED_RPS, seconds=600)
+    assert fleet.core.state.burst_needed_rps["all"] == 0.0
+    assert fleet.core.state.bursty == frozenset()
 
 
 def test_a_part_of_a_burst_is_left_to_those_on_call_where_first_tokens_may_wait() -> None:
