@@ -25,7 +25,11 @@ pytestmark = [
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 # They come with the first forecast whose span has ended, which is after half a minute.
-LATER = {"dynamollm_pool_forecast_error_ratio", "dynamollm_pool_forecast_exceeded_ratio"}
+LATER = {
+    "dynamollm_pool_forecast_error_ratio",
+    "dynamollm_pool_forecast_exceeded_ratio",
+    "dynamollm_actions_failed_total",  # there once a call has failed
+}
 
 
 def panels() -> list[tuple[str, str]]:
