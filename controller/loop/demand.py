@@ -193,10 +193,11 @@ def pool_demand(state: State, now: Instant, demand: Demand, pool: str) -> tuple[
     tp = max(state.profile.tps, key=lambda tp: state.fit.max_rate_rps(pool, tp) / tp)
     kept_s = keep_s(state.fit, pool, tp, state.start_j(tp), settings.host_share_w, settings.host_cycle_s)
     peak_rps = _peak_rps(state, now, pool, demand.mean_tokens, kept_s)
-    sudden_rps = burst_rps(state, now, pool, demand.mean_tokens)
     expected_rps = demand.expected_rps(state, pool)
     if demand.cold:
         sudden_rps = expected_rps * COLD_GROWTH_PER_MIN * _longest_start_s(state) / 60
+    else:
+        sudden_rps = burst_rps(state, now, pool, demand.mean_tokens)
     reserve_rps = (max(rate_rps, peak_rps) + sudden_rps) / settings.reserve_fill
     asked_rps = max(reserve_rps, _kept_rps(state, pool, demand))
     return PoolDemand(pool, asked_rps, least, expected_rps / settings.serve_fill), rate_rps / settings.fill
@@ -289,6 +290,7 @@ def remember_bursts(
         needed_rps = left * state.burst_needed_rps.get(pool, 0.0)
         if sudden_rps > mean_rps:
             needed_rps = max(needed_rps, sudden_rps + _peak_rps(state, now, pool, mean_tokens, BURST_PAST_S))
+        # A peak is no lower than the mean, so a burst larger than the mean needs more than twice that.
         if needed_rps > 2 * mean_rps:
             sudden_rps = max(sudden_rps, left * state.burst_rps.get(pool, 0.0))
         burst_by_pool[pool], needed_by_pool[pool] = sudden_rps, needed_rps

@@ -167,8 +167,7 @@ def next_steps(
     stuck = bool(held_back) and not moving
     # While a wanted instance has nowhere to start, a break would be made for nothing.
     if stuck and not given_up:
-        awaited = {u for s in growing if s.reason is StepReason.WAITING_FOR_GPU for u in s.gpu_uuids}
-        forced = _smallest_break(held_back, awaited, plan, serving, capacity, settings, allow_shortfall)
+        forced = _smallest_break(held_back, _awaited_gpus(growing), plan, serving, capacity, settings, allow_shortfall)
         if forced is not None:
             steps.append(forced)
             held_back = [c for c in held_back if c.instance_id != forced.instance_id]
@@ -318,7 +317,7 @@ def _label_changes(plan: Mapping[str, PlannedInstance], there: list[ActualInstan
 
 def _drains(plan: Mapping[str, PlannedInstance], there: list[ActualInstance], growing: list[Step]) -> list[Step]:
     """Drains of serving instances that are not wanted; first those whose GPUs others wait for."""
-    awaited = {u for s in growing if s.reason is StepReason.WAITING_FOR_GPU for u in s.gpu_uuids}
+    awaited = _awaited_gpus(growing)
     unwanted = [i for i in there if i.state is InstanceState.READY and i.instance_id not in plan]
     unwanted.sort(key=lambda i: (awaited.isdisjoint(i.gpu_uuids), i.instance_id))
     return [_actual(StepKind.DRAIN, i, StepReason.RETIRE, "is not wanted any more: drains") for i in unwanted]
@@ -326,10 +325,18 @@ def _drains(plan: Mapping[str, PlannedInstance], there: list[ActualInstance], gr
 
 def _for_later(drains: list[Step], growing: list[Step]) -> tuple[list[Step], list[Step]]:
     """Which drains may be looked at now, and which wait until what comes up for their pool is there."""
-    awaited = {u for s in growing if s.reason is StepReason.WAITING_FOR_GPU for u in s.gpu_uuids}
+    awaited = _awaited_gpus(growing)
     coming = {s.pool for s in growing if s.kind is StepKind.START or s.reason is StepReason.WAITING_FOR_READY}
-    later = [change for change in drains if change.pool in coming and awaited.isdisjoint(change.gpu_uuids)]
-    return [change for change in drains if change not in later], later
+    at_once: list[Step] = []
+    later: list[Step] = []
+    for change in drains:
+        waits = change.pool in coming and awaited.isdisjoint(change.gpu_uuids)
+        (later if waits else at_once).append(change)
+    return at_once, later
+
+
+def _awaited_gpus(growing: list[Step]) -> set[str]:
+    return {u for s in growing if s.reason is StepReason.WAITING_FOR_GPU for u in s.gpu_uuids}
 
 
 def _draining(there: list[ActualInstance]) -> Counter[str]:
