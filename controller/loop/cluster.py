@@ -8,6 +8,7 @@ stands over its new grant is planned anew by its own manager.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from controller.domain.decision import Json
 from controller.domain.reasons import Level, Reason
@@ -35,11 +36,21 @@ from controller.loop.planning import (
     wanted_counts,
 )
 from controller.loop.state import PendingSolve, PoolPlan, State, Turn, plan_json
-from controller.policy.milp.fallback import fall_back
-from controller.policy.milp.problem import PlanSolution
-from controller.policy.stabilise import StabiliseSettings, judge, price, retirements_needed, starts_needed
+from controller.policy.milp.fallback import FallbackPlan, fall_back
+from controller.policy.milp.problem import PlanProblem, PlanSolution
+from controller.policy.stabilise import (
+    LayoutPrice,
+    StabiliseSettings,
+    Verdict,
+    judge,
+    price,
+    retirements_needed,
+    starts_needed,
+)
 
 SCOPE = "cluster"
+# Pools are compared over curves of different classes: another partition must promise more than these are off by.
+LEAST_SAVING_RATIO = 0.03
 
 
 def tick(turn: Turn, trigger: str) -> None:
@@ -69,47 +80,22 @@ def tick(turn: Turn, trigger: str) -> None:
 def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> None:
     """Turns the joint plan into grants, and into a layout where the partition changes."""
     state, now, problem = turn.state, turn.now, pending.problem
-    chosen = solution.chosen
-    fallback = fall_back(problem) if chosen is None else None
-    pools = fallback.pools if fallback else chosen.pools if chosen else ()
-    counts = dict(fallback.counts if fallback else chosen.counts if chosen else {})
-    demand = demand_by_pool(problem, pools)
-    candidate = price(state.fit, counts, demand, problem.gpus, expected_by_pool(problem, pools), problem.host_share_w)
-    present_pools = tuple(state.pools)
-    repartition = set(pools) != set(present_pools)
-    reason, sentence = Reason.PLAN_KEPT, ""
-    accept = not repartition
+    fallback = fall_back(problem) if solution.chosen is None else None
+    reason, sentence, accept = Reason.COLD_START if not state.pools else Reason.PLAN_KEPT, "", True
     judged: Json | None = None
-    if not state.pools:
-        accept, reason = True, Reason.COLD_START
-    elif repartition:
-        present = price(
-            state.fit,
-            wanted_counts(state),
-            demand_by_pool(problem, present_pools),
-            problem.gpus,
-            expected_by_pool(problem, present_pools),
-            problem.host_share_w,
-        )
-        verdict = budget.judge(
-            state, problem, solution, wanted_counts(state), demand_by_pool(problem, present_pools)
-        ) or judge(
-            present,
-            candidate,
-            starts_needed(state.layout.counts(), counts),
-            problem.start_j,
-            problem.horizon_s,
-            now.monotonic_s - state.layout_changed_s,
-            pending=transition_pending(state),
-            settings=StabiliseSettings(dwell_s=state.settings.min_dwell_s),
-            retired=retirements_needed(state.layout.counts(), counts),
-            retire_j=problem.retire_j,
-        )
+    pools, counts = _planned(solution, fallback)
+    if state.pools and set(pools) != set(state.pools):
+        verdict, judged = _weigh(turn, problem, solution, pools, counts)
         accept, reason, sentence = verdict.accept, verdict.reason, verdict.sentence
-        judged = judged_json(present, candidate, verdict)
-        if accept and not reachable(state, now, counts, demand, forced=reason is not Reason.FORECAST_CHANGED):
-            accept, reason = False, Reason.NO_ROOM_TO_SWITCH
-            sentence = "There is no way to it that carries the load."
+        within = None if accept else _within(tuple(state.pools), solution, reason)
+        if within is not None:
+            accept, reason, sentence = True, Reason.PLAN_KEPT, f"Not {say_counts(counts)}: {sentence}"
+            solution = within
+            pools, counts = _planned(solution, None)
+    repartition = set(pools) != set(state.pools)
+    chosen = solution.chosen
+    demand = demand_by_pool(problem, pools)
+    candidate = _priced(state, problem, pools, counts)
     if solution.is_short and problem.budget_w is None:
         reason = reason if reason is Reason.NO_ROOM_TO_SWITCH else Reason.NO_CAPACITY
         sentence = f"{short_sentence(solution)} {sentence}".strip()
@@ -166,6 +152,77 @@ def on_solution(turn: Turn, pending: PendingSolve, solution: PlanSolution) -> No
         # Over its grant it must give back; short of capacity it may now have been granted more.
         if sum(tp * n for tp, n in plan.counts.items()) > plan.granted_gpus or not plan.carries:
             pool_manager.tick(turn, name, trigger="grant")
+
+
+def _planned(
+    solution: PlanSolution, fallback: FallbackPlan | None
+) -> tuple[tuple[str, ...], dict[tuple[str, int], int]]:
+    """Pools and instances of what was planned."""
+    plan = fallback or solution.chosen
+    return (tuple(plan.pools), dict(plan.counts)) if plan else ((), {})
+
+
+def _within(pools: tuple[str, ...], solution: PlanSolution, reason: Reason) -> PlanSolution | None:
+    """The same solution with the best plan of the partition that stands; None where there is none."""
+    best = solution.chosen
+    stays = next((r for r in solution.rejected if set(r.pools) == set(pools) and r.is_feasible), None)
+    if best is None or stays is None:
+        return None
+    others = tuple(result for result in solution.rejected if result is not stays)
+    return replace(solution, chosen=replace(stays, reason=""), rejected=(replace(best, reason=str(reason)), *others))
+
+
+def _weigh(
+    turn: Turn,
+    problem: PlanProblem,
+    solution: PlanSolution,
+    pools: tuple[str, ...],
+    counts: Mapping[tuple[str, int], int],
+) -> tuple[Verdict, Json]:
+    """Is another partition worth it? It is held against what stands; where that is too small, against the best plan of
+    the partition that stands: to need more is no reason for other pools."""
+    state, now = turn.state, turn.now
+    present_pools, there = tuple(state.pools), dict(wanted_counts(state))
+    switched_from = dict(state.layout.counts())
+    present = _priced(state, problem, present_pools, there)
+    within = _within(present_pools, solution, Reason.PLAN_KEPT)
+    if not present.carries and within is not None:
+        there = switched_from = _planned(within, None)[1]
+        present = _priced(state, problem, present_pools, there)
+    candidate, demand = _priced(state, problem, pools, counts), demand_by_pool(problem, pools)
+    verdict = budget.judge(
+        state, problem, solution, wanted_counts(state), demand_by_pool(problem, present_pools)
+    ) or judge(
+        present,
+        candidate,
+        starts_needed(switched_from, counts),
+        problem.start_j,
+        problem.horizon_s,
+        now.monotonic_s - state.layout_changed_s,
+        pending=transition_pending(state),
+        settings=StabiliseSettings(dwell_s=state.settings.min_dwell_s, least_saving_ratio=LEAST_SAVING_RATIO),
+        retired=retirements_needed(switched_from, counts),
+        retire_j=problem.retire_j,
+    )
+    judged = judged_json(present, candidate, verdict)
+    forced = verdict.reason is not Reason.FORECAST_CHANGED
+    if verdict.accept and not reachable(state, now, counts, demand, forced=forced):
+        sentence = "There is no way to it that carries the load."
+        verdict = replace(verdict, accept=False, reason=Reason.NO_ROOM_TO_SWITCH, sentence=sentence)
+    return verdict, judged
+
+
+def _priced(
+    state: State, problem: PlanProblem, pools: tuple[str, ...], counts: Mapping[tuple[str, int], int]
+) -> LayoutPrice:
+    return price(
+        state.fit,
+        counts,
+        demand_by_pool(problem, pools),
+        problem.gpus,
+        expected_by_pool(problem, pools),
+        problem.host_share_w,
+    )
 
 
 def share_out(

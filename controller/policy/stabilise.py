@@ -35,6 +35,9 @@ class StabiliseSettings:
     saving_confidence: float = 0.7  # share of the predicted saving that is counted on
     errors: float = 1.64  # standard errors of the profile that are taken off it besides: nineteen times of twenty less
     cost_factor: float = 1.3  # on the measured switching energy
+    # Share of the present layout's power that must be saved besides: what the curves of different kinds may be off by
+    # against each other is no noise of repeats.
+    least_saving_ratio: float = 0.0
     dwell_s: float = 60.0  # least time between two changes that only save energy
     # While a transition is under way, a layout that is short by less than this is waited for, not planned anew:
     # what it starts would be thrown away, and the forecast's own margins cover a little.
@@ -133,6 +136,7 @@ def judge(
     settings = settings or StabiliseSettings()
     saving_w = present.power_w + present.host_w - candidate.power_w - candidate.host_w
     unsure_w = settings.errors * hypot(present.error_w, candidate.error_w)
+    unsure_w += settings.least_saving_ratio * present.power_w
     saving_j = saving_w * horizon_s * settings.saving_confidence - unsure_w * horizon_s
     cost_j = settings.cost_factor * (_cost_j(started, start_j) + _cost_j(retired or {}, retire_j or {}))
 

@@ -121,6 +121,14 @@ def test_settings_move_the_bounds() -> None:
     assert not judge(*args).accept
 
 
+def test_a_least_share_of_the_power_may_be_asked_for() -> None:
+    """What no repeat of a measurement shows: how far the curves of different classes are off against each other."""
+    args = (priced(6000), priced(5900), {}, {}, 1800.0, None, False)
+    assert judge(*args).accept
+    kept = judge(*args, settings=StabiliseSettings(least_saving_ratio=0.03))
+    assert (kept.accept, kept.reason) == (False, Reason.SAVING_TOO_SMALL)
+
+
 def test_only_growth_of_a_tp_is_started() -> None:
     assert starts_needed({("all", 8): 2}, {("short", 8): 1, ("long", 8): 1}) == {}
     assert starts_needed({("all", 8): 2}, {("short", 4): 2, ("long", 8): 3}) == {4: 2, 8: 1}

@@ -70,13 +70,20 @@ def _solve(problem: PlanProblem, solver: str, milp_only: bool, growing_only: boo
     results = [
         _solve_partition(problem, partition, solver, milp_only, growing_only) for partition in problem.partitions
     ]
-    feasible = [r for r in results if r.status in ("optimal", "feasible")]
+    feasible = [r for r in results if r.is_feasible]
     if not feasible:
         return PlanSolution(problem.problem_id, solver, None, tuple(results))
     # Of equals the one with fewer pools: it strands fewer GPUs when the load moves.
     chosen = min(feasible, key=lambda r: (r.objective_w, len(r.pools)))
-    rejected = tuple(_explain(r, chosen) for r in results if r is not chosen)
-    return PlanSolution(problem.problem_id, solver, replace(chosen, prices=_prices(problem, chosen, solver)), rejected)
+    present = {pool for (pool, _), n in problem.current.items() if n}
+    priced = [
+        replace(r, prices=_prices(problem, r, solver))
+        if r is chosen or (r.is_feasible and set(r.pools) == present)
+        else r
+        for r in results
+    ]
+    best = priced[results.index(chosen)]
+    return PlanSolution(problem.problem_id, solver, best, tuple(_explain(r, best) for r in priced if r is not best))
 
 
 def _prices(problem: PlanProblem, chosen: PartitionResult, solver: str) -> ShadowPrices | None:
@@ -115,7 +122,7 @@ def _solve_partition(
 ) -> PartitionResult:
     if problem.keep_current or growing_only:
         growing = _solve_once(problem, partition, solver, milp_only, keep_current=True)
-        if growing_only or growing.status in ("optimal", "feasible"):
+        if growing_only or growing.is_feasible:
             return growing
     return _solve_once(problem, partition, solver, milp_only, keep_current=False)
 

@@ -125,7 +125,11 @@ class PartitionResult:
     used: tuple[tuple[Column, int], ...]
     reason: str = ""
     way: Way = Way.NONE
-    prices: ShadowPrices | None = None  # of the chosen one
+    prices: ShadowPrices | None = None  # of the chosen one, and of the best with the pools that are there
+
+    @property
+    def is_feasible(self) -> bool:
+        return self.status in ("optimal", "feasible")
 
 
 @dataclass(frozen=True, slots=True)
