@@ -72,22 +72,14 @@ UNKNOWN = Pace(1.0, inf, 0)
 
 
 @dataclass(slots=True)
-class Held:
-    """Of an instance at one clock."""
-
-    running: float = 0.0  # summed over ticks
-    ticks: int = 0
-
-
-@dataclass(slots=True)
 class PaceBook:
     """What is remembered between ticks, by pool. `unsure`: pools of which this window cannot tell."""
 
     began_s: float = float("-inf")
     ticks: int = 0
-    # By pool, tp, clock and instance: those that fill first hold more than others, and a batch twice as large is not
-    # that of twice the load.
-    held: dict[tuple[str, int, int, str], Held] = field(default_factory=dict)
+    # Batches, one per tick, by pool, tp, clock and instance: those that fill first hold more than others, and a batch
+    # twice as large is not that of twice the load.
+    held: dict[tuple[str, int, int, str], list[float]] = field(default_factory=dict)
     unsure: set[str] = field(default_factory=set)
     loaded: set[str] = field(default_factory=set)  # pools that had load in the window before
     windows: dict[str, deque[PaceWindow]] = field(default_factory=dict)

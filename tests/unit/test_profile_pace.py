@@ -24,7 +24,6 @@ from controller.policy.idle import carried_share
 from controller.profile.fit import fit
 from controller.profile.pace import (
     UNKNOWN,
-    Held,
     Pace,
     PaceBook,
     PaceSettings,
@@ -310,9 +309,23 @@ def test_of_unequal_batches_each_counts_for_itself() -> None:
     running = curve.running(6.0)
     assert running is not None
     book = PaceBook(ticks=12)
-    book.held = {("all", 8, 1980, "a"): Held(12 * running, 12), ("all", 8, 1980, "b"): Held(0.0, 12)}
+    book.held = {("all", 8, 1980, "a"): [running] * 12, ("all", 8, 1980, "b"): [0.0] * 12}
     state = make(nodes=1).core.state
     assert _implied_rps(state, book, PROFILE.group("all"), 1.0) == pytest.approx(6.0)
+
+
+def test_of_bursts_the_mean_batch_is_not_believed_alone() -> None:
+    """A batch grows faster than its load: a mean of unequal ones is that of a larger load than theirs."""
+    curve = FITTED.curve("all", 8, 1980)
+    assert curve is not None
+    state, book, group = make(nodes=1).core.state, PaceBook(ticks=2), PROFILE.group("all")
+    largest, largest_rps = curve.runnings[-1], curve.rates_rps[-1]
+    book.held = {("all", 8, 1980, "a"): [0.0, 2 * largest]}  # of which more than half is no more load
+    assert _implied_rps(state, book, group, 1.0) == pytest.approx(largest_rps)
+    state.bursty = frozenset({"all"})
+    assert _implied_rps(state, book, group, 1.0) == pytest.approx(0.7 * largest_rps + 0.3 * largest_rps / 2)
+    book.held = {("all", 8, 1980, "a"): [largest, largest]}
+    assert _implied_rps(state, book, group, 1.0) == pytest.approx(largest_rps), "of equal batches both say the same"
 
 
 def test_many_that_share_a_load_may_each_hold_more() -> None:
