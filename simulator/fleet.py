@@ -192,6 +192,8 @@ class VirtualFleet:
             self._result.effects.append((self._now_s, effect))
             done = self._carry_out(effect)
             self._at(self._now_s, "done", done)
+        if step.tick_early:
+            self._handle(Tick(Level.INSTANCE, early=True))
 
     def _on_done(self, done: EffectDone) -> None:
         self._handle(done)

@@ -304,9 +304,10 @@ Effect = FleetEffect | Solve
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A level's period has come round."""
+    """A level's period has come round; or, `early`, the core has asked for one more at once (`Step.tick_early`)."""
 
     level: Level
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from controller.fleet.port import (
     NodeSeen,
     Tick,
 )
-from controller.loop import budget, cluster, instance, modes, pool, provision, refusing
+from controller.loop import budget, cluster, instance, modes, pool, provision, refusing, serving
 from controller.loop.demand import foresee
 from controller.loop.load import LoadBook
 from controller.loop.orders import CorrectProfile, NoteEngines, NotePower, Order, PlanNow, SetMode, SetPowerBudget
@@ -41,10 +41,12 @@ _LEAST_KEPT_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one event led to. `effects` are to be begun in this order."""
+    """What one event led to. `effects` are to be begun in this order. `tick_early`: an early tick of the instance
+    manager is to be told as the next event; it is an event of its own so that a journal holds what it saw."""
 
     decisions: tuple[Decision, ...]
     effects: tuple[Effect, ...]
+    tick_early: bool = False
 
 
 _NOTHING = Step((), ())
@@ -94,11 +96,15 @@ class Core:
                     window = state.load.add(event.observation)
                     if window is not None:
                         state.week.add(now, window)
+                        return Step((), (), tick_early=state.mode is not Mode.PAUSED and serving.burst_begins(turn))
             case EffectDone():
                 self._effect_done(turn, event)
             case Tick():
                 if state.mode is not Mode.PAUSED:
-                    self._tick(turn, event.level)
+                    if event.early:
+                        instance.tick_early(turn)
+                    else:
+                        self._tick(turn, event.level)
         return self._step(turn)
 
     def order(self, now: Instant, order: Order) -> Step:

@@ -74,12 +74,20 @@ def tick(turn: Turn) -> None:
     serving.look_ahead(turn)
     reconcile(turn, renew=True)
     # The first routing table may have been made just now: only with it the load of a pool is known.
-    _set_clocks(turn, _clock_rates(turn) if rates is None else serving.with_bursts(turn.state, rates))
+    _set_clocks(turn, _clock_rates(turn) if rates is None else serving.with_bursts(turn, rates))
+
+
+def tick_early(turn: Turn) -> None:
+    """Between two ticks, when a burst has begun: who serves, routing, clocks. What counts ticks is left out."""
+    if turn.state.may_act(turn.now.monotonic_s):
+        serving.choose(turn, serving.pool_rates(turn, turn.state.settings.load_window_s))
+        reconcile(turn)
+        _set_clocks(turn, _clock_rates(turn))
 
 
 def _clock_rates(turn: Turn) -> dict[str, float] | None:
     rates = serving.pool_rates(turn, turn.state.settings.load_window_s)
-    return None if rates is None else serving.with_bursts(turn.state, rates)
+    return None if rates is None else serving.with_bursts(turn, rates)
 
 
 # ------------------------------------------------------------------------------------------------ transitions

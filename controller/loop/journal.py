@@ -113,7 +113,8 @@ class Journal:
                 self._write(["d", now.monotonic_s, now.wall_s, *done])
             case Tick():
                 self._catch_up(now)
-                self._write(["t", now.monotonic_s, now.wall_s, event.level.value])
+                early = [1] if event.early else []
+                self._write(["t", now.monotonic_s, now.wall_s, event.level.value, *early])
             case _:
                 self._catch_up()
                 self._write(["o", now.monotonic_s, now.wall_s, type(event).__name__, encode(type(event), event)])

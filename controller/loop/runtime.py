@@ -262,7 +262,9 @@ class Runtime:
             self._note_power()
             for effect in step.effects:
                 self._begin(effect)
-            if isinstance(event, Tick):
+            if step.tick_early:
+                self._events.put_nowait(Tick(Level.INSTANCE, early=True))
+            if isinstance(event, Tick) and not event.early:
                 self._after_tick()
                 due_s = self._due_s.pop(event.level, None)
                 if due_s is not None:

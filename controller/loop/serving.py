@@ -17,7 +17,7 @@ from controller.loop import emergency, modes
 from controller.loop import pool as pool_manager
 from controller.loop.caps import fit_of_pool
 from controller.loop.demand import BURST_PAST_S, outgrown, remember_bursts
-from controller.loop.state import PoolPlan, State, Turn
+from controller.loop.state import Onset, PoolPlan, State, Turn
 from controller.policy.idle import Serving, choose_serving
 from controller.policy.routing import pools_for
 from controller.policy.routing.load import first_token_bound_s
@@ -27,6 +27,10 @@ TOKENS_S = 300.0
 BURST_EVERY_S = 60.0
 # Those on call begin at a low clock: only where a first token may take so long is a part of a burst left to them.
 PATIENT_S = 1.0
+# A burst is seen to begin over this time, and served for this long at least, until a longer mean shows it; less more
+# than what was chosen for is not worth an early tick.
+ONSET_S, ONSET_HELD_S = 2.0, 10.0
+LEAST_MORE = 1.05
 
 
 def serves(state: State, instance: InstanceObservation) -> bool:
@@ -81,23 +85,52 @@ def look_at_bursts(turn: Turn, rates: Mapping[str, float] | None) -> None:
     )
 
 
-def with_bursts(state: State, rates: Mapping[str, float]) -> dict[str, float]:
-    """The load that clocks are chosen for: what is seen, and what a burst may add before the next tick to those that
-    serve."""
+def with_bursts(turn: Turn, rates: Mapping[str, float]) -> dict[str, float]:
+    """The load that clocks are chosen for, also kept in the state: what is seen, and what a burst may add before the
+    next tick to those that serve; at least what has just begun."""
+    state, now_s = turn.state, turn.now.monotonic_s
     if not state.settings.knobs.standby:
         return dict(rates)
     seen = state.instances()
     helped = {state.pool_of(seen[name][1]) for name in state.standby if name in seen and on_call(state, seen[name][1])}
-    return {
-        pool: rate + (_burst_to_serve(state, pool) if pool in helped else state.burst_rps.get(pool, 0.0))
+    state.chosen_rps = {
+        pool: max(
+            rate + (_burst_to_serve(state, pool) if pool in helped else state.burst_rps.get(pool, 0.0)),
+            _begun_rps(state, pool, now_s),
+        )
         for pool, rate in rates.items()
     }
+    return state.chosen_rps
 
 
 def _burst_to_serve(state: State, pool: str) -> float:
     """What of a burst is not left to those on call, in equivalent requests/s."""
     patient = pool in state.bursty and first_token_bound_s(state.profile, state.profile.group(pool)) >= PATIENT_S
     return (state.settings.serve_burst_share if patient else 1.0) * state.burst_rps.get(pool, 0.0)
+
+
+def burst_begins(turn: Turn) -> bool:
+    """Looks at the newest load report (every second): True when more comes than anything was chosen for. A tick would
+    see it up to five seconds later, as a part of a longer mean. Only where load comes in bursts: elsewhere so short a
+    time does not tell more load from chance."""
+    state, now_s = turn.state, turn.now.monotonic_s
+    if not state.bursty or not state.settings.knobs.standby or not state.may_act(now_s):
+        return False
+    rates = pool_rates(turn, ONSET_S)
+    if rates is None:
+        return False
+    begins = False
+    for pool in sorted(state.bursty & rates.keys() & state.chosen_rps.keys()):
+        if rates[pool] > max(_begun_rps(state, pool, now_s), LEAST_MORE * state.chosen_rps[pool]):
+            state.onsets[pool] = Onset(rates[pool], now_s)
+            begins = True
+    return begins
+
+
+def _begun_rps(state: State, pool: str, now_s: float) -> float:
+    """What has just begun, in equivalent requests/s; 0 without a burst."""
+    onset = state.onsets.get(pool)
+    return onset.rps if onset is not None and now_s - onset.at_s < ONSET_HELD_S else 0.0
 
 
 def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
@@ -129,7 +162,7 @@ def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
         if rates is None or steady is None or pool not in rates:
             continue
         seen_rps = max(rates[pool], steady[pool])
-        rate_rps = seen_rps + _burst_to_serve(state, pool)
+        rate_rps = max(seen_rps + _burst_to_serve(state, pool), _begun_rps(state, pool, now_s))
         if emergency.stage_of(state, pool) is not Stage.NONE:
             _ask_for_more(turn, pool, plan, seen_rps)
             continue

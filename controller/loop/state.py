@@ -112,6 +112,14 @@ class PoweredNode:
 
 
 @dataclass(frozen=True, slots=True)
+class Onset:
+    """The largest load of a burst that is under way, and when it was seen."""
+
+    rps: float
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Refusing:
     """A node's starts that failed in a row, and until when nothing new is placed there."""
 
@@ -164,6 +172,10 @@ class State:
     burst_rps: dict[str, float] = field(default_factory=dict)
     burst_needed_rps: dict[str, float] = field(default_factory=dict)
     burst_seen_s: float = float("-inf")
+    # By pool, in equivalent requests/s: the load that clocks were last chosen for, and the onset of a burst that goes
+    # beyond it, with when it was seen.
+    chosen_rps: dict[str, float] = field(default_factory=dict)
+    onsets: dict[str, Onset] = field(default_factory=dict)
     # Pools whose bursts are larger than their mean load: there those that stand by are on call.
     bursty: frozenset[str] = frozenset()
     looked_ahead_s: float = float("-inf")  # when the plans were last held against the forecast

@@ -174,7 +174,7 @@ class Reader:
         now = Instant(line[1], line[2])
         match kind:
             case "t":
-                yield Told(now, Tick(Level(line[3])))
+                yield Told(now, Tick(Level(line[3]), early=len(line) > 4))
             case "l":
                 report = load_from_line(line[3], self._reports.get(line[3][0]))
                 self._reports[report.gateway_id] = report

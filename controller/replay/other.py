@@ -256,6 +256,8 @@ class _Shadow:
             self.decisions += step.decisions
         for effect in step.effects:
             self._carry_out(now_s, effect)
+        if step.tick_early:
+            self._handle(now_s, Tick(Level.INSTANCE, early=True))
 
     def _carry_out(self, now_s: float, effect: Effect) -> None:
         state = self.core.state

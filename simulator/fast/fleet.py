@@ -247,6 +247,8 @@ class FastFleet:
             if self._keep:
                 self._effects.append((now_s, effect))
             self._at(now_s, "done", self._carry_out(effect))
+        if step.tick_early:
+            self._handle(Tick(Level.INSTANCE, early=True))
 
     def _on_done(self, done: EffectDone) -> None:
         self._handle(done)

@@ -67,6 +67,8 @@ class Bench:
         step = self.core.handle(Instant(self.now_s, 1e9 + self.now_s), event)
         self.steps.append(step)
         effects = [effect for effect in step.effects if not isinstance(effect, Solve)]
+        if step.tick_early:
+            effects += self.send(Tick(Level.INSTANCE, early=True))
         for effect in step.effects:
             if isinstance(effect, Solve):
                 effects += self.send(EffectDone(effect.effect_id, True, solution=plan_for(effect.problem)))

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from controller.domain.reasons import Level, Mode
-from controller.fleet.port import Effect, InstanceObservation, Tick
+from controller.fleet.port import ApplyClocks, Effect, InstanceObservation, ReleaseClocks, Tick
 from controller.loop.core import Core
 from controller.loop.demand import expected_demand, pool_demand
 from controller.loop.serving import with_bursts
 from controller.loop.settings import Knobs
-from controller.loop.state import Instant
+from controller.loop.state import Instant, Turn
 from controller.profile.fit import fit
 from controller.profile.table import IdlePoint
 from tests.synthetic_profile import synthetic_profile
@@ -184,14 +184,54 @@ def test_a_part_of_a_burst_is_left_to_those_on_call_where_first_tokens_may_wait(
     state = fleet.core.state
     assert fleet.on_call()
     burst_rps = state.burst_rps["all"]
-    assert with_bursts(state, {"all": 1.0}) == {"all": pytest.approx(1.0 + burst_rps)}
+    turn = Turn(Instant(fleet.now_s, 1e9), state)
+    assert with_bursts(turn, {"all": 1.0}) == {"all": pytest.approx(1.0 + burst_rps)}
     patient = replace(state.profile.slo, ttft_s_ms=1000.0, ttft_m_ms=1000.0)
     state.profile = replace(state.profile, slo=patient)
-    assert with_bursts(state, {"all": 1.0}) == {
-        "all": pytest.approx(1.0 + state.settings.serve_burst_share * burst_rps)
-    }
+    assert with_bursts(turn, {"all": 1.0}) == {"all": pytest.approx(1.0 + state.settings.serve_burst_share * burst_rps)}
     state.standby = set()
-    assert with_bursts(state, {"all": 1.0}) == {"all": pytest.approx(1.0 + burst_rps)}
+    assert with_bursts(turn, {"all": 1.0}) == {"all": pytest.approx(1.0 + burst_rps)}
+
+
+def arrive(fleet: Fleet, requests: float) -> list[Effect]:
+    """A second with so many arrivals, and no tick of its own."""
+    fleet.wait(1)
+    fleet.arrived += requests
+    return fleet.send(load(fleet.now_s, round(fleet.arrived)))
+
+
+def early_ticks(fleet: Fleet) -> int:
+    return sum(step.tick_early for step in fleet.steps)
+
+
+def test_a_burst_is_served_with_the_first_report_that_shows_it() -> None:
+    fleet = after_bursts()
+    state = fleet.core.state
+    before, quiet_rps, at_once = early_ticks(fleet), state.chosen_rps["all"], fleet.serving()
+    told, looked_s = state.pace.ticks, state.looked_s
+    effects = arrive(fleet, 20)
+    assert early_ticks(fleet) == before + 1
+    assert state.chosen_rps["all"] == state.onsets["all"].rps > quiet_rps
+    assert any(isinstance(effect, ApplyClocks | ReleaseClocks) for effect in effects)
+    assert fleet.serving() > at_once
+    # Pace and the emergency ladder count ticks: this is none to them.
+    assert (state.pace.ticks, state.looked_s) == (told, looked_s)
+    arrive(fleet, 1)
+    assert early_ticks(fleet) == before + 1, "what comes now was chosen for"
+    fleet.serve(0.0, seconds=120)
+    assert state.chosen_rps["all"] < 20 / 2
+
+
+def test_only_where_bursts_come_and_somebody_decides_a_tick_comes_early() -> None:
+    even, paused = cheap_standby(), after_bursts()
+    even.serve(0.5, seconds=240)
+    assert even.core.state.bursty == frozenset()
+    arrive(even, 20)
+    assert early_ticks(even) == 0
+    paused.core.state.mode = Mode.PAUSED
+    before = early_ticks(paused)
+    assert arrive(paused, 20) == []
+    assert early_ticks(paused) == before
 
 
 def test_a_load_on_its_way_beyond_the_plan_is_planned_for_before_it_is_there() -> None:
