@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from math import sqrt
 
 from controller.domain.classes import ALL_CLASSES, RequestClass
 from controller.domain.reasons import Level, Mode, Reason, Stage
@@ -16,7 +17,7 @@ from controller.fleet.port import InstanceObservation, InstanceState
 from controller.loop import emergency, modes
 from controller.loop import pool as pool_manager
 from controller.loop.caps import fit_of_pool
-from controller.loop.demand import BURST_PAST_S, outgrown, remember_bursts
+from controller.loop.demand import BURST_PAST_S, INDEPENDENT, outgrown, remember_bursts
 from controller.loop.state import Onset, PoolPlan, State, Turn
 from controller.policy.idle import Serving, choose_serving
 from controller.policy.routing import pools_for
@@ -31,6 +32,7 @@ PATIENT_S = 1.0
 # than what was chosen for is not worth an early tick.
 ONSET_S, ONSET_HELD_S = 2.0, 10.0
 LEAST_MORE = 1.05
+CHANCE = 4.0
 
 
 def serves(state: State, instance: InstanceObservation) -> bool:
@@ -111,20 +113,27 @@ def _burst_to_serve(state: State, pool: str) -> float:
 
 def burst_begins(turn: Turn) -> bool:
     """Looks at the newest load report (every second): True when more comes than anything was chosen for. A tick would
-    see it up to five seconds later, as a part of a longer mean. Only where load comes in bursts: elsewhere so short a
-    time does not tell more load from chance."""
+    see it up to five seconds later, as a part of a longer mean. Where no bursts are known, it must be more than chance
+    makes of so short a time."""
     state, now_s = turn.state, turn.now.monotonic_s
-    if not state.bursty or not state.settings.knobs.standby or not state.may_act(now_s):
+    if not state.chosen_rps or not state.may_act(now_s):
         return False
     rates = pool_rates(turn, ONSET_S)
     if rates is None:
         return False
     begins = False
-    for pool in sorted(state.bursty & rates.keys() & state.chosen_rps.keys()):
-        if rates[pool] > max(_begun_rps(state, pool, now_s), LEAST_MORE * state.chosen_rps[pool]):
+    for pool in sorted(rates.keys() & state.chosen_rps.keys()):
+        chosen_rps = state.chosen_rps[pool]
+        least_rps = LEAST_MORE * chosen_rps if pool in state.bursty else chosen_rps + CHANCE * _chance_rps(chosen_rps)
+        if rates[pool] > max(_begun_rps(state, pool, now_s), least_rps):
             state.onsets[pool] = Onset(rates[pool], now_s)
             begins = True
     return begins
+
+
+def _chance_rps(rate_rps: float) -> float:
+    """Standard deviation of independent arrivals over `ONSET_S`, of at least one."""
+    return sqrt(INDEPENDENT * max(rate_rps, 1.0 / ONSET_S) / ONSET_S)
 
 
 def _begun_rps(state: State, pool: str, now_s: float) -> float:

@@ -57,9 +57,9 @@ class LoopSettings:
     # begin at a low clock.
     burst_deviations: float = 6.0
     # Of what bursts may add, the share that instances serve and choose clocks for where others stand by on call and
-    # first tokens are not urgent: the rest reaches those at once. A low share fills batches and saves clocks, and moves
-    # first tokens nearer to the SLO.
-    serve_burst_share: float = 0.35
+    # first tokens are not urgent: the rest reaches those at once, and clocks follow with the next load report. A low
+    # share fills batches and saves clocks, and moves first tokens nearer to the SLO.
+    serve_burst_share: float = 0.1
     # The load that decides who stands by is the larger of that over `load_window_s` and over this window.
     serve_window_s: float = 60.0
     # Window for the load that clocks are chosen for, and the age from which an observation is stale, then lost.

@@ -103,9 +103,9 @@ class FastFleet:
     """One model's fleet, its gateway and its controller in virtual time.
 
     Arrivals count from `start_s`; the window opens `warm_up_s` later. `keep_observations` keeps every one, and every
-    effect, as the reference does; a week holds too many. With `sparse`, nodes and load are observed once per instance
-    tick, `telemetry_s` before it, which is when the tick's inputs were seen anyway; a start is reported at once either
-    way. Decisions are kept for the result, unless `on_decision` takes them. `choices` and `accuracy` are those of
+    effect, as the reference does; a week holds too many. With `sparse`, nodes are observed once per instance tick,
+    `telemetry_s` before it, which is when the tick's inputs were seen anyway; a start is reported at once either way.
+    Decisions are kept for the result, unless `on_decision` takes them. `choices` and `accuracy` are those of
     `FastEngines`.
     """
 
@@ -293,7 +293,7 @@ class FastFleet:
         counters = {name: ClassCounters(*row) for name, row in self.engines.counters().items()}
         now_s, queues = self.engines.now_s, self.engines.queues()
         self._handle(LoadSeen(LoadObservation(_GATEWAY, _EPOCH, now_s, self._model, counters, queues)))
-        self._at(self._next_s(self._times.report_s), "report", None)
+        self._at(now_s + self._times.report_s, "report", None)
 
     def _route(self) -> None:
         """Routes by the table, less those whose port is closed."""

@@ -222,12 +222,18 @@ def test_a_burst_is_served_with_the_first_report_that_shows_it() -> None:
     assert state.chosen_rps["all"] < 20 / 2
 
 
-def test_only_where_bursts_come_and_somebody_decides_a_tick_comes_early() -> None:
-    even, paused = cheap_standby(), after_bursts()
-    even.serve(0.5, seconds=240)
-    assert even.core.state.bursty == frozenset()
-    arrive(even, 20)
-    assert early_ticks(even) == 0
+def test_where_no_bursts_are_known_it_takes_more_than_chance() -> None:
+    fleet = cheap_standby()
+    fleet.serve(0.5, seconds=240)
+    assert fleet.core.state.bursty == frozenset()
+    arrive(fleet, 4)
+    assert early_ticks(fleet) == 0
+    arrive(fleet, 20)
+    assert early_ticks(fleet) == 1
+
+
+def test_where_nobody_decides_no_tick_comes_early() -> None:
+    paused = after_bursts()
     paused.core.state.mode = Mode.PAUSED
     before = early_ticks(paused)
     assert arrive(paused, 20) == []
