@@ -47,9 +47,7 @@ def may_serve(state: State, instance: InstanceObservation) -> bool:
 def on_call(state: State, instance: InstanceObservation) -> bool:
     """True for an instance that stands by and gets what those that serve cannot take: where the load comes in bursts.
     Elsewhere chance alone would wake it again and again."""
-    if instance.instance_id not in state.standby or state.pool_of(instance) not in state.bursty:
-        return False
-    return may_serve(state, instance)
+    return instance.instance_id in state.on_call and may_serve(state, instance)
 
 
 def pool_rates(turn: Turn, window_s: float) -> dict[str, float] | None:
@@ -94,7 +92,7 @@ def with_bursts(turn: Turn, rates: Mapping[str, float]) -> dict[str, float]:
     if not state.settings.knobs.standby:
         return dict(rates)
     seen = state.instances()
-    helped = {state.pool_of(seen[name][1]) for name in state.standby if name in seen and on_call(state, seen[name][1])}
+    helped = {state.pool_of(seen[name][1]) for name in state.on_call if name in seen and on_call(state, seen[name][1])}
     state.chosen_rps = {
         pool: max(
             rate + (_burst_to_serve(state, pool) if pool in helped else state.burst_rps.get(pool, 0.0)),
@@ -107,8 +105,13 @@ def with_bursts(turn: Turn, rates: Mapping[str, float]) -> dict[str, float]:
 
 def _burst_to_serve(state: State, pool: str) -> float:
     """What of a burst is not left to those on call, in equivalent requests/s."""
-    patient = pool in state.bursty and first_token_bound_s(state.profile, state.profile.group(pool)) >= PATIENT_S
-    return (state.settings.serve_burst_share if patient else 1.0) * state.burst_rps.get(pool, 0.0)
+    share = state.settings.serve_burst_share if _is_patient(state, pool) else 1.0
+    return share * state.burst_rps.get(pool, 0.0)
+
+
+def _is_patient(state: State, pool: str) -> bool:
+    """True for a pool whose load comes in bursts and whose first tokens may take a while."""
+    return pool in state.bursty and first_token_bound_s(state.profile, state.profile.group(pool)) >= PATIENT_S
 
 
 def burst_begins(turn: Turn) -> bool:
@@ -151,7 +154,7 @@ def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
     if not state.settings.knobs.standby:
         return
     if state.foreign_engines:  # nobody knows what an instance carries
-        state.standby = set()
+        state.standby, state.on_call = set(), set()
         return
     steady = pool_rates(turn, state.settings.serve_window_s)
     queues = state.load.queues(now_s, state.settings.stale_s)
@@ -166,6 +169,7 @@ def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
             ready.setdefault(state.pool_of(instance), []).append(instance)
     crowd = _fullest_first(state) if state.settings.hosts_off else {}
     standby: set[str] = set()
+    called: set[str] = set()
     for pool, plan in sorted(state.pools.items()):
         waiting = queues[pool].waiting if pool in queues else 0
         if rates is None or steady is None or pool not in rates:
@@ -186,15 +190,22 @@ def choose(turn: Turn, rates: Mapping[str, float] | None) -> None:
         choice = _choice(state, pool, there, rate_rps, now)
         if not choice.carries:  # for a burst that goes beyond the plan all serve; it is over before a start is
             _ask_for_more(turn, pool, plan, seen_rps)
-        left = Counter(choice.counts)
+        left, near = Counter(choice.counts), Counter[int]()
+        if pool in state.bursty:
+            near = there - left
+        if _is_patient(state, pool):  # as many as a burst needs; the others serve with the early tick that it brings
+            near = Counter(_choice(state, pool, there, seen_rps + state.burst_rps.get(pool, 0.0)).counts) - left
+        if left != now:
+            _record(turn, pool, there, now, choice, rate_rps, near)
         for instance in mine:
             if left[instance.tp] > 0:
                 left[instance.tp] -= 1
-            else:
-                standby.add(instance.instance_id)
-        if Counter(choice.counts) != now:
-            _record(turn, pool, there, now, choice, rate_rps)
-    state.standby = standby
+                continue
+            standby.add(instance.instance_id)
+            if near[instance.tp] > 0:
+                near[instance.tp] -= 1
+                called.add(instance.instance_id)
+    state.standby, state.on_call = standby, called
 
 
 def look_ahead(turn: Turn) -> None:
@@ -239,7 +250,13 @@ def _ask_for_more(turn: Turn, pool: str, plan: PoolPlan, rate_rps: float) -> Non
 
 
 def _record(
-    turn: Turn, pool: str, there: Mapping[int, int], before: Mapping[int, int], choice: Serving, rate_rps: float
+    turn: Turn,
+    pool: str,
+    there: Mapping[int, int],
+    before: Mapping[int, int],
+    choice: Serving,
+    rate_rps: float,
+    near: Mapping[int, int],
 ) -> None:
     def counts(by_tp: Mapping[int, int]) -> dict[str, int]:
         return {f"tp{tp}": n for tp, n in sorted(by_tp.items()) if n}
@@ -257,7 +274,11 @@ def _record(
             "serving": counts(before),
             "profile": turn.state.profile_checksum,
         },
-        outcome={"serving": counts(choice.counts), "standby": counts(idle)},
+        outcome={
+            "serving": counts(choice.counts),
+            "standby": counts(idle),
+            **({"on_call": counts(near)} if near else {}),
+        },
         predicted_power_w=choice.power_w,
     )
 

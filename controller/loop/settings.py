@@ -53,9 +53,8 @@ class LoopSettings:
     # clock is chosen. That load keeps a margin below the measured knee already (profile/fit.py).
     serve_fill: float = 1.0
     # Deviations of the load from one five seconds to the next, beyond those of independent arrivals, that instances
-    # are kept serving for: a burst does not wait for the next tick. What goes beyond falls to those on standby, which
-    # begin at a low clock.
-    burst_deviations: float = 6.0
+    # are there for, serving or on call: a burst waits neither for a tick nor for a start.
+    burst_deviations: float = 7.0
     # Of what bursts may add, the share that instances serve and choose clocks for where others stand by on call and
     # first tokens are not urgent: the rest reaches those at once, and clocks follow with the next load report. A low
     # share fills batches and saves clocks, and moves first tokens nearer to the SLO.

@@ -165,8 +165,10 @@ class State:
     # The pool each instance is routed as; a relabel changes it without a restart.
     routed_as: dict[str, str] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)
-    # Ready instances that get no requests: the load does not need them now.
+    # Ready instances that get no requests: the load does not need them now. Of these, those that get what the others
+    # cannot take.
     standby: set[str] = field(default_factory=set)
+    on_call: set[str] = field(default_factory=set)
     # By pool, in equivalent requests/s: what bursts may add to the load within seconds, and what must be there for them
     # in all; and when it was looked at last.
     burst_rps: dict[str, float] = field(default_factory=dict)
@@ -176,7 +178,7 @@ class State:
     # beyond it, with when it was seen.
     chosen_rps: dict[str, float] = field(default_factory=dict)
     onsets: dict[str, Onset] = field(default_factory=dict)
-    # Pools whose bursts are larger than their mean load: there those that stand by are on call.
+    # Pools whose bursts are larger than their mean load: there some of those that stand by are on call.
     bursty: frozenset[str] = frozenset()
     looked_ahead_s: float = float("-inf")  # when the plans were last held against the forecast
     asked_s: dict[str, float] = field(default_factory=dict)  # by pool: when it was last planned anew between periods

@@ -151,6 +151,22 @@ def test_only_where_bursts_are_larger_than_the_load_those_on_standby_are_on_call
         assert bursty.core.state.clocks[instance_id].mhz == lowest.mhz > 210
 
 
+def test_where_first_tokens_may_wait_only_as_many_are_on_call_as_a_burst_needs() -> None:
+    fleet = after_bursts()
+    state = fleet.core.state
+    patient = replace(state.profile.slo, ttft_s_ms=1000.0, ttft_m_ms=1000.0)
+    state.profile = replace(state.profile, slo=patient)
+    tps = {i.instance_id: i.tp for instances in fleet.instances.values() for i in instances}
+    for burst_rps, resting in ((0.1, True), (1e6, False)):
+        state.burst_rps["all"], state.burst_seen_s = burst_rps, fleet.now_s
+        fleet.serve(0.0, seconds=5)
+        at_rest = state.standby - fleet.on_call()
+        assert bool(at_rest) == resting
+        assert fleet.on_call() == state.on_call
+        assert {state.clocks[name].mhz for name in at_rest} <= {210}
+        assert all(state.clocks[n].mhz == state.fit.clocks("all", tps[n])[0].mhz for n in fleet.on_call())
+
+
 def test_bursts_are_remembered_through_a_silence_and_forgotten_by_half_in_an_hour() -> None:
     fleet = after_bursts()
     state = fleet.core.state
@@ -189,7 +205,7 @@ def test_a_part_of_a_burst_is_left_to_those_on_call_where_first_tokens_may_wait(
     patient = replace(state.profile.slo, ttft_s_ms=1000.0, ttft_m_ms=1000.0)
     state.profile = replace(state.profile, slo=patient)
     assert with_bursts(turn, {"all": 1.0}) == {"all": pytest.approx(1.0 + state.settings.serve_burst_share * burst_rps)}
-    state.standby = set()
+    state.on_call = set()
     assert with_bursts(turn, {"all": 1.0}) == {"all": pytest.approx(1.0 + burst_rps)}
 
 
