@@ -323,7 +323,7 @@ def test_of_bursts_the_mean_batch_is_not_believed_alone() -> None:
     book.held = {("all", 8, 1980, "a"): [0.0, 2 * largest]}  # of which more than half is no more load
     assert _implied_rps(state, book, group, 1.0) == pytest.approx(largest_rps)
     state.bursty = frozenset({"all"})
-    assert _implied_rps(state, book, group, 1.0) == pytest.approx(0.7 * largest_rps + 0.3 * largest_rps / 2)
+    assert _implied_rps(state, book, group, 1.0) == pytest.approx(0.9 * largest_rps + 0.1 * largest_rps / 2)
     book.held = {("all", 8, 1980, "a"): [largest, largest]}
     assert _implied_rps(state, book, group, 1.0) == pytest.approx(largest_rps), "of equal batches both say the same"
 
