@@ -12,6 +12,7 @@ from math import sqrt
 
 from controller.domain.classes import ALL_CLASSES, RequestClass
 from controller.domain.decision import Json
+from controller.loop.load import SPAN_S
 from controller.loop.state import Instant, State, Turn, rates_json
 from controller.loop.week import Foreseen, hold_against
 from controller.policy.forecast import ForecastSettings, LoadWindow, RateForecast, combine, forecast
@@ -22,7 +23,7 @@ from controller.policy.template import expected_ratio, raised
 # A peak of the load is its mean over this long.
 PEAK_S = 60.0
 # Bursts are looked for between spans of this length, this far back.
-BURST_S = 5.0
+BURST_S = SPAN_S
 BURST_PAST_S = 900.0
 LEAST_BURST_SPANS = 24  # of fewer a variance says little
 BURST_HALF_LIFE_S = 3600.0  # what a burst needed counts half after so long
@@ -108,13 +109,9 @@ def expected_demand(state: State, now: Instant, horizon_s: float) -> Demand | No
     parts: dict[RequestClass, tuple[RateForecast, ...]] = {}
     plain: dict[RequestClass, tuple[RateForecast, ...]] = {}
     shape = {c: expected_ratio(state.week.slots, c, now.wall_s, horizon_s) for c in ALL_CLASSES}
-    for windows in state.load.by_gateway(now.monotonic_s, settings.max_age_s).values():
+    for spans in state.load.spans(now.monotonic_s, settings.max_age_s).values():
         for request_class in ALL_CLASSES:
-            counted = [
-                LoadWindow(window.end_s, window.seconds, counts.arrived if counts else 0)
-                for window in windows
-                for counts in (window.classes.get(request_class),)
-            ]
+            counted = [LoadWindow(span.end_s, span.seconds, span.arrived.get(request_class, 0)) for span in spans]
             part = forecast(counted, now.monotonic_s, horizon_s, settings)
             if part is not None:
                 plain[request_class] = (*plain.get(request_class, ()), part)
@@ -322,12 +319,12 @@ def _binned_rps(
         for request_class in state.profile.group(pool).classes
     }
     rates: dict[int, float] = {}
-    for windows in state.load.by_gateway(now.monotonic_s, past_s).values():
+    for spans in state.load.spans(now.monotonic_s, past_s).values():
         counted: dict[int, list[float]] = {}
-        for window in windows:
-            span = counted.setdefault(int(last - window.end_s // bin_s), [0.0, 0.0])
-            span[0] += sum(weights[c] * counts.arrived for c, counts in window.classes.items() if c in weights)
-            span[1] += window.seconds
+        for span in spans:
+            bin_ = counted.setdefault(int(last - span.end_s // bin_s), [0.0, 0.0])
+            bin_[0] += sum(weights[c] * arrived for c, arrived in span.arrived.items() if c in weights)
+            bin_[1] += span.seconds
         for number, (arrived, seconds) in counted.items():
             if seconds >= bin_s / 2:  # of less a mean says little
                 rates[number] = rates.get(number, 0.0) + arrived / seconds

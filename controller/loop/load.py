@@ -16,6 +16,7 @@ from controller.domain.classes import ALL_CLASSES, RequestClass
 from controller.fleet.port import ClassCounters, LoadObservation, QueueObservation
 
 ZERO = ClassCounters()
+SPAN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,18 @@ class LoadWindow:
     refused: Mapping[str, int] = field(default_factory=dict)  # by pool, for whatever reason
 
 
+@dataclass(slots=True)
+class Span:
+    """What one gateway's windows that ended within the same `SPAN_S` of a fixed grid hold together."""
+
+    end_s: float
+    seconds: float
+    arrived: dict[RequestClass, int]
+
+
 @dataclass
 class LoadBook:
-    """Its fields are all that is remembered of it; the running sums beside them follow from the windows."""
+    """Its fields are all that is remembered of it; the running sums and spans beside them follow from the windows."""
 
     keep_s: float
     windows: deque[LoadWindow] = field(default_factory=deque)
@@ -49,6 +59,7 @@ class LoadBook:
 
     def __post_init__(self) -> None:
         self._sums = _RunningSums()
+        self._spans = _Spans()
 
     def add(self, report: LoadObservation) -> LoadWindow | None:
         """Takes a report; returns the window it closes, None for a gateway's first report of an epoch."""
@@ -74,7 +85,9 @@ class LoadBook:
         }
         window = LoadWindow(report.gateway_id, report.observed_at_s, seconds, classes, refused)
         self.windows.append(window)
-        while self.windows and self.windows[0].end_s < report.observed_at_s - self.keep_s:
+        # Only whole spans are dropped, so that what is left of the windows makes the same spans again.
+        oldest_s = (report.observed_at_s - self.keep_s) // SPAN_S * SPAN_S
+        while self.windows and self.windows[0].end_s < oldest_s:
             self.windows.popleft()
         return window
 
@@ -116,6 +129,10 @@ class LoadBook:
             found.setdefault(window.gateway_id, []).append(window)
         return {gateway_id: windows[::-1] for gateway_id, windows in found.items()}
 
+    def spans(self, now_s: float, past_s: float) -> dict[str, list[Span]]:
+        """Arrivals of the last `past_s` in spans of `SPAN_S`, oldest first, by gateway. Over a gap there are none."""
+        return self._spans.of_last(now_s - past_s, self.windows)
+
     def mean_tokens(self, now_s: float, window_s: float) -> dict[RequestClass, tuple[float, float]]:
         """Mean (input, output) tokens per class over the last `window_s`, where both were seen."""
         since_s, found = now_s - window_s, 0
@@ -149,6 +166,39 @@ class LoadBook:
                 have = summed.get(pool)
                 summed[pool] = queue if have is None else _add(have, queue)
         return summed
+
+
+class _Spans:
+    """Reports come every second; what looks back for minutes need not look at each of them every time."""
+
+    def __init__(self) -> None:
+        self._newest: LoadWindow | None = None
+        self._by_gateway: dict[str, deque[Span]] = {}
+
+    def of_last(self, since_s: float, windows: deque[LoadWindow]) -> dict[str, list[Span]]:
+        for window in reversed(list(takewhile(lambda window: window is not self._newest, reversed(windows)))):
+            self._add(window)
+        self._newest = windows[-1] if windows else None
+        oldest = windows[0].end_s // SPAN_S if windows else 0.0
+        found: dict[str, list[Span]] = {}
+        for gateway_id, spans in self._by_gateway.items():
+            while spans and spans[0].end_s // SPAN_S < oldest:
+                spans.popleft()
+            late = list(takewhile(lambda span: span.end_s > since_s, reversed(spans)))
+            if late:
+                found[gateway_id] = late[::-1]
+        return found
+
+    def _add(self, window: LoadWindow) -> None:
+        spans = self._by_gateway.setdefault(window.gateway_id, deque())
+        if not spans or spans[-1].end_s // SPAN_S != window.end_s // SPAN_S:
+            spans.append(Span(window.end_s, 0.0, {}))
+        span = spans[-1]
+        span.end_s = window.end_s
+        span.seconds += window.seconds
+        for request_class, counts in window.classes.items():
+            if counts.arrived:
+                span.arrived[request_class] = span.arrived.get(request_class, 0) + counts.arrived
 
 
 class _RunningSums:

@@ -8,7 +8,7 @@ import pytest
 
 from controller.domain.classes import RequestClass
 from controller.fleet.port import ClassCounters, LoadObservation, QueueObservation
-from controller.loop.load import ClassWindow, LoadBook, LoadWindow
+from controller.loop.load import SPAN_S, ClassWindow, LoadBook, LoadWindow
 
 SM = RequestClass.parse("SM")
 LL = RequestClass.parse("LL")
@@ -49,6 +49,39 @@ def test_mean_tokens_are_those_of_the_windows_whatever_was_asked_before(seed: in
         if draw.random() < 0.3:
             span_s = draw.choice([1.0, 7.0, 30.0, 500.0])
             assert book.mean_tokens(float(second), span_s) == _mean_tokens(book, second - span_s)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spans_are_those_of_the_windows_whatever_was_asked_before(seed: int) -> None:
+    """A restored book has the windows alone: its spans must be the same, or a replay would decide otherwise."""
+    draw = random.Random(seed)
+    book = LoadBook(keep_s=60.0)
+    total = {"a": 0, "b": 0}
+    for second in range(400):
+        for gateway in total:
+            total[gateway] += draw.randrange(3)
+            if draw.random() < 0.7 and not 150 <= second < 250:
+                book.add(report(second + draw.random(), total[gateway], gateway=gateway))
+        if draw.random() < 0.3:
+            past_s = draw.choice([1.0, 7.0, 30.0, 500.0])
+            spans = book.spans(float(second), past_s)
+            assert spans == LoadBook(60.0, book.windows).spans(float(second), past_s)
+            if past_s == 500.0:
+                held = [span for each in spans.values() for span in each]
+                oldest = book.windows[0].end_s // SPAN_S if book.windows else 0.0
+                whole = [w for w in book.windows if w.end_s // SPAN_S >= oldest]
+                assert sum(span.seconds for span in held) == pytest.approx(sum(w.seconds for w in whole))
+                counted = sum(counts.arrived for w in whole for counts in w.classes.values())
+                assert sum(sum(span.arrived.values()) for span in held) == counted
+
+
+def test_a_span_holds_what_ended_within_it_and_a_gap_has_none() -> None:
+    book = LoadBook(keep_s=100)
+    for second in (10, 11, 12, 13, 14, 15, 30, 31):
+        book.add(report(second, 2 * second))
+    (spans,) = book.spans(31, 100).values()
+    assert [(s.end_s, s.seconds, s.arrived[SM]) for s in spans] == [(14, 4, 8), (15, 1, 2), (31, 16, 32)]
+    assert book.spans(31, 10) == {"g": spans[-1:]}
 
 
 def _mean_tokens(book: LoadBook, since_s: float) -> dict[RequestClass, tuple[float, float]]:
@@ -110,4 +143,4 @@ def test_windows_are_bounded() -> None:
     book = LoadBook(keep_s=10)
     for second in range(200):
         book.add(report(second, second))
-    assert len(book.windows) <= 11
+    assert len(book.windows) <= 10 + SPAN_S
