@@ -93,8 +93,8 @@ DEFECTS: dict[str, Defect] = {
     "a past peak that changes with the moment of the look": Defect(
         "controller.loop.demand",
         "_binned_rps",
-        "int(last - window.end_s // bin_s)",
-        "int((now.monotonic_s - window.end_s) // bin_s)",
+        "int(last - span.end_s // bin_s)",
+        "int((now.monotonic_s - span.end_s) // bin_s)",
     ),
     "a pool that plans no more": Defect(
         "controller.loop.pool", "tick", "effect_id = turn.effect_id()", "return"

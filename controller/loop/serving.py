@@ -28,9 +28,10 @@ TOKENS_S = 300.0
 BURST_EVERY_S = 60.0
 # Those on call begin at a low clock: only where a first token may take so long is a part of a burst left to them.
 PATIENT_S = 1.0
-# A burst is seen to begin over this time, and served for this long at least, until a longer mean shows it; less more
-# than what was chosen for is not worth an early tick.
+# A burst is seen to begin over this time, and is served for this long at least, until a longer mean shows it.
 ONSET_S, ONSET_HELD_S = 2.0, 10.0
+# By what it must exceed the load that was chosen for to be worth an early tick: this factor where bursts are known, so
+# many standard deviations of independent arrivals elsewhere.
 LEAST_MORE = 1.05
 CHANCE = 4.0
 

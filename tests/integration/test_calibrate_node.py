@@ -46,8 +46,15 @@ def host(tmp_path: Path) -> Iterator[NodeHost]:
 
 
 def calibrate(host: NodeHost, cache: Path, seen: list[Progress] | None = None) -> Profile:
+    """Tried anew where this machine was too busy for a moment: it goes on from what is in the cache."""
     told = seen.append if seen is not None else None
-    return calibrate_host(Host(f"unix:{host.socket}", MODEL, "bf16", 1.0), PLAN, MIX, cache, told)
+    for left in (2, 1, 0):
+        try:
+            return calibrate_host(Host(f"unix:{host.socket}", MODEL, "bf16", 1.0), PLAN, MIX, cache, told)
+        except SensorError as error:
+            if not left or "too busy" not in str(error):
+                raise
+    raise AssertionError
 
 
 def test_a_host_is_measured_and_left_as_it_was(host: NodeHost, tmp_path: Path) -> None:
